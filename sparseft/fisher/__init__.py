@@ -1,0 +1,1 @@
+"""Exact per-sample Fisher information, for every parameter, in one backward pass a batch."""

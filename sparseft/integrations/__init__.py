@@ -1,0 +1,1 @@
+"""Wiring into other libraries; the only importers of them."""

@@ -1,0 +1,83 @@
+"""Every op: its schema, its fake, and who serves it on which device. The only file that knows backends.
+
+`torch.ops.sparseft.<op>` is called everywhere else; PyTorch's dispatcher picks the implementation:
+C++ on the CPU, C++ or Triton on CUDA, and `reference` wherever neither is there. An extension that is absent is shown
+by `sparseft doctor`; one that is there and broken raises on import.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseft import reference
+
+_OPTIMIZER_TAIL = "bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+SCHEMAS = {
+    "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None) -> ()",
+    "topk_indices": "(Tensor[] scores, int k) -> (Tensor indices, Tensor counts)",
+    "gather": "(Tensor[] tensors, Tensor[] indices) -> Tensor[]",
+    "delta_swap_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] values) -> ()",
+    "adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] steps, *, float lr, float beta1, float beta2, float eps, float weight_decay, "
+    + _OPTIMIZER_TAIL,
+    "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] momentum_buffers, "
+    "Tensor(c!)[] masters, Tensor[] steps, *, float lr, float momentum, float dampening, float weight_decay, "
+    "bool nesterov=False, " + _OPTIMIZER_TAIL,
+}
+
+# op -> device -> who serves it there; read by `sparseft doctor`
+SERVED_BY: dict[str, dict[str, str]] = {name: {"cpu": "reference", "cuda": "reference"} for name in SCHEMAS}
+
+_library = torch.library.Library("sparseft", "DEF")
+
+
+def _fake_topk_indices(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
+    dtype = reference.index_dtype(max(score.numel() for score in scores))
+    return scores[0].new_empty(k, dtype=dtype), scores[0].new_empty(len(scores), dtype=torch.int64)
+
+
+def _fake_gather(tensors: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
+    return [tensor.new_empty(index.numel()) for tensor, index in zip(tensors, indices, strict=True)]
+
+
+def _fake_nothing(*args: Any, **kwargs: Any) -> None:
+    """Stand in for an op that only writes into its arguments."""
+
+
+_FAKES: dict[str, Callable[..., Any]] = {"topk_indices": _fake_topk_indices, "gather": _fake_gather}
+
+
+def _from_triton(name: str) -> Callable[..., Any]:
+    """Return the Triton launcher of an op, imported at its first call: importing triton costs every start 0.4 s."""
+
+    def launch(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module("sparseft.kernels"), name)(*args, **kwargs)
+
+    return launch
+
+
+def _register() -> None:
+    for name, schema in SCHEMAS.items():
+        _library.define(name + schema)
+        _library.impl(name, getattr(reference, name), "CompositeExplicitAutograd")
+        torch.library.register_fake(f"sparseft::{name}", _FAKES.get(name, _fake_nothing), lib=_library)
+    if importlib.util.find_spec("sparseft._C") is not None:
+        # importing it registers its ops; what it holds depends on whether nvcc was there when it was built
+        extension = importlib.import_module("sparseft._C")
+        for device, names in extension.build_info()["ops"].items():
+            for name in names:
+                SERVED_BY[name][device] = "c++"
+    if importlib.util.find_spec("triton") is not None:
+        for name in SCHEMAS:
+            if SERVED_BY[name]["cuda"] == "reference":
+                _library.impl(name, _from_triton(name), "CUDA")
+                SERVED_BY[name]["cuda"] = "triton"
+
+
+_register()

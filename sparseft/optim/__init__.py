@@ -1,0 +1,1 @@
+"""Drop-in optimizers that read and write selected entries only."""

@@ -1,0 +1,1 @@
+"""Which weights to train: one file a method."""

@@ -1,0 +1,254 @@
+"""What tests and benchmarks share: inputs for every op, the implementations there are, how close is close enough."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseft import ops, reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Sample:
+    """One call of an op. `id` names what is odd about it."""
+
+    id: str
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def clone(self) -> Sample:
+        """Copy every tensor, so that an op that writes into its arguments can be called again."""
+        return self.map(torch.Tensor.clone)
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Sample:
+        """Apply a function to every tensor argument, lists included."""
+
+        def one(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return function(value)
+            return [one(item) for item in value] if isinstance(value, list) else value
+
+        kwargs = {key: one(value) for key, value in self.kwargs.items()}
+        return Sample(self.id, tuple(one(value) for value in self.args), kwargs)
+
+
+def devices() -> list[str]:
+    """Return where ops can run here."""
+    return ["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"]
+
+
+def implementations(op: str, device: str) -> dict[str, Callable[..., Any]]:
+    """Return what can run an op on a device, by name: the dispatcher's choice, and Triton, interpreted on a CPU."""
+    found: dict[str, Callable[..., Any]] = {
+        f"dispatcher ({ops.SERVED_BY[op][device]})": getattr(torch.ops.sparseft, op)
+    }
+    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+        found["triton"] = getattr(importlib.import_module("sparseft.kernels"), op)
+    return found
+
+
+def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
+    """Yield calls of an op: plain ones, and every shape that has ever broken a kernel."""
+    generator = torch.Generator().manual_seed(0)
+    makers = {
+        "fisher_linear_": _fisher_linear_inputs,
+        "topk_indices": _topk_inputs,
+        "gather": _gather_inputs,
+        "delta_swap_": _delta_swap_inputs,
+        "adamw_": _adamw_inputs,
+        "sgd_": _sgd_inputs,
+    }
+    for sample in makers[op](generator, dtype):
+        yield sample.map(lambda tensor: tensor.to(device))
+
+
+def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tensor]:
+    """Call an op on a copy of the sample and return all it returned or changed, in a fixed order."""
+    call = sample.clone()
+    result = function(*call.args, **call.kwargs)
+    if op == "fisher_linear_":
+        return [call.args[0]]
+    if op in ("topk_indices", "gather"):
+        return list(result)
+    if op == "delta_swap_":
+        return [*call.args[0], *call.args[2]]
+    params, indices, masters = call.args[0], call.args[2], call.args[-2]
+    weights = [
+        master if master.numel() else param.view(-1)[index.long()]
+        for param, index, master in zip(params, indices, masters, strict=True)
+    ]
+    states = [state for states in call.args[3:-2] for state in states]
+    return [*params, *states, *weights]
+
+
+def exact(op: str, sample: Sample) -> list[Tensor]:
+    """Return what `observe` should see, computed by the reference in fp64."""
+    if op == "topk_indices":
+        return observe(op, reference.topk_indices, sample)
+    double = sample.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+    if op in ("adamw_", "sgd_"):
+        # fp64 weights need no master: they start where the master is, unless the weight was changed from outside
+        params, indices, masters = sample.args[0], sample.args[2], sample.args[-2]
+        for i, (param, index, master) in enumerate(zip(params, indices, masters, strict=True)):
+            if master.numel():
+                flat = double.args[0][i].view(-1)
+                current = param.view(-1)[index.long()]
+                flat[index.long()] = torch.where(master.to(param.dtype) == current, master.double(), current.double())
+                double.args[-2][i] = master.new_empty(0, dtype=torch.float64)
+    return observe(op, getattr(reference, op), double)
+
+
+def assert_matches_reference(op: str, function: Callable[..., Any], sample: Sample, ulps: float = 1.0) -> None:
+    """Fail unless an implementation errs at most twice as much as plain PyTorch does in the same dtype.
+
+    Both errors are against fp64. `ulps` units in the last place of the largest exact value are allowed on top.
+    """
+    truth = exact(op, sample)
+    baseline = observe(op, getattr(reference, op), sample)
+    actual = observe(op, function, sample)
+    assert len(actual) == len(baseline), f"{op} {sample.id}: got {len(actual)} results, wanted {len(baseline)}"
+    for i, (got, plain, want) in enumerate(zip(actual, baseline, truth, strict=True)):
+        where = f"{op} [{sample.id}] result {i}"
+        assert got.dtype == plain.dtype, f"{where}: got {got.dtype}, wanted {plain.dtype}"
+        assert got.shape == plain.shape, f"{where}: got {tuple(got.shape)}, wanted {tuple(plain.shape)}"
+        if not got.numel():
+            continue
+        if not got.is_floating_point():
+            assert torch.equal(got, plain), f"{where}: integers differ"
+            continue
+        unit = torch.finfo(got.dtype).eps * float(want.abs().max())
+        error, allowed = _error(got, want), 2 * _error(plain, want) + ulps * unit
+        assert error <= allowed, f"{where}: error {error:.3e}, allowed {allowed:.3e}"
+
+
+def random_indices(numel: int, k: int, generator: torch.Generator) -> Tensor:
+    """Return k sorted, distinct positions below numel, int32."""
+    return torch.randperm(numel, generator=generator)[:k].sort().values.to(torch.int32)
+
+
+def _error(got: Tensor, want: Tensor) -> float:
+    return float((got.double() - want).abs().max())
+
+
+def _randn(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _fisher_linear_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    for n, t, i, o in [
+        (3, 7, 37, 53),
+        (1, 1, 1, 1),
+        (2, 33, 64, 128),
+        (5, 1, 70, 19),
+        (1, 16, 16, 200),
+        (4, 15, 129, 65),
+        (2, 17, 40, 24),
+    ]:
+        x, dy = _randn(generator, n, t, i).to(dtype), _randn(generator, n, t, o).to(dtype)
+        yield Sample(f"N{n} T{t} I{i} O{o}", (torch.zeros(o, i), x, dy))
+    n, t, i, o = 3, 10, 20, 30
+    x, dy = _randn(generator, n, t, i).to(dtype), _randn(generator, n, t, o).to(dtype)
+    start = torch.rand(o, i, generator=generator)
+    yield Sample("adds to what is there", (start, x, dy))
+    yield Sample("weighted samples, one dropped", (start, x, dy, torch.tensor([0.5, 0.0, 2.0])))
+    yield Sample("no sample", (start, x[:0], dy[:0]))
+    yield Sample("no token", (start, x[:, :0], dy[:, :0]))
+    yield Sample("strided x and dy", (start, x.transpose(0, 1).contiguous().transpose(0, 1), dy.expand(n, t, o)))
+    yield Sample("broadcast dy, stride 0", (start, x, dy[:, :1].expand(n, t, o)))
+
+
+def _topk_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    scores = [torch.rand(shape, generator=generator).to(dtype) for shape in [(100,), (7, 13), (1,), (3, 5, 11)]]
+    total = sum(score.numel() for score in scores)
+    for k in (1, 2, 37, total - 1, total):
+        yield Sample(f"k {k} of {total}", (scores, k))
+    yield Sample("one tensor of many tiny values", ([torch.rand(70001, generator=generator).to(dtype) ** 8], 350))
+    yield Sample("ties across tensors", ([torch.ones(10).to(dtype), torch.ones(10).to(dtype)], 13))
+    yield Sample("ties at the threshold", ([torch.randint(0, 4, (5000,), generator=generator).to(dtype)] * 3, 4000))
+    yield Sample("zeros of both signs", ([torch.tensor([0.0, -0.0, 0.0, -0.0, 1.0]).to(dtype)], 3))
+    yield Sample("negative", ([_randn(generator, 999).to(dtype)], 600))
+    yield Sample("an empty tensor between", ([scores[0], scores[0][:0], scores[1]], 50))
+    yield Sample("strided", ([_randn(generator, 30, 40).to(dtype).T, scores[0]], 77))
+
+
+def _selected(generator: torch.Generator, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor]]:
+    params = [_randn(generator, *shape).to(dtype) for shape in [(53, 37), (129,), (1,), (8, 3, 5), (70001,), (16, 16)]]
+    counts = [200, 129, 1, 0, 351, 5]
+    indices = [random_indices(p.numel(), k, generator) for p, k in zip(params, counts, strict=True)]
+    indices[-1] = indices[-1].long()
+    return params, indices
+
+
+def _gather_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    tensors, indices = _selected(generator, dtype)
+    yield Sample("many tensors", (tensors, indices))
+    yield Sample("no tensor", ([], []))
+    mixed = [tensors[0], tensors[1].to(torch.bfloat16), tensors[2].to(torch.float16)]
+    yield Sample("mixed dtypes", (mixed, indices[:3]))
+
+
+def _delta_swap_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    params, indices = _selected(generator, dtype)
+    values = [_randn(generator, index.numel()).to(dtype) for index in indices]
+    yield Sample("many tensors", (params, indices, values))
+    yield Sample("no tensor", ([], [], []))
+
+
+def _optimizer_lists(generator: torch.Generator, dtype: torch.dtype, compact: bool) -> tuple[list[Tensor], ...]:
+    params, indices = _selected(generator, dtype)
+    grads = [_randn(generator, i.numel() if compact else p.numel()) for p, i in zip(params, indices, strict=True)]
+    grads = [g.to(dtype) if compact else g.view(p.shape).to(dtype) for g, p in zip(grads, params, strict=True)]
+    masters = []
+    for param, index in zip(params, indices, strict=True):
+        current = param.view(-1)[index.long()].float()
+        # within half a unit of the weight, so that it still rounds to it
+        near = current * (1 + 0.2 * torch.finfo(dtype).eps * torch.rand(current.shape, generator=generator))
+        masters.append(near if dtype != torch.float32 else torch.empty(0))
+    return params, grads, indices, masters
+
+
+def _adamw_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+    for name, compact, extra in _optimizer_variants():
+        params, grads, indices, masters = _optimizer_lists(generator, dtype, compact)
+        exp_avgs = [_randn(generator, index.numel()) for index in indices]
+        exp_avg_sqs = [torch.rand(index.numel(), generator=generator) for index in indices]
+        steps = [torch.tensor(float(step)) for step in (1, 2, 10, 1000, 3, 7)]
+        yield Sample(name, (params, grads, indices, exp_avgs, exp_avg_sqs, masters, steps), {**options, **extra})
+    yield Sample("no tensor", ([], [], [], [], [], [], []), options)
+
+
+def _sgd_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    options = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+    plain = {"momentum": 0.0, "dampening": 0.0}
+    variants = [
+        *_optimizer_variants(),
+        ("no momentum", False, plain),
+        ("nesterov", True, {"dampening": 0.0, "nesterov": True}),
+    ]
+    for name, compact, extra in variants:
+        params, grads, indices, masters = _optimizer_lists(generator, dtype, compact)
+        kwargs = {**options, **extra}
+        buffers = [_randn(generator, index.numel() if kwargs["momentum"] else 0) for index in indices]
+        steps = [torch.tensor(float(step)) for step in (1, 2, 10, 1000, 1, 7)]
+        yield Sample(name, (params, grads, indices, buffers, masters, steps), kwargs)
+    yield Sample("no tensor", ([], [], [], [], [], []), options)
+
+
+def _optimizer_variants() -> list[tuple[str, bool, dict[str, Any]]]:
+    return [
+        ("dense gradients", False, {}),
+        ("compact gradients", True, {}),
+        ("maximize, no decay", False, {"maximize": True, "weight_decay": 0.0}),
+        ("lr as a tensor", False, {"lr": float("nan"), "lr_tensor": torch.tensor(0.02)}),
+        ("loss scale", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}),
+        ("overflow: nothing may change", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(1.0)}),
+    ]
