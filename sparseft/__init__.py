@@ -1,1 +1,25 @@
-"""Fine-tune a pretrained model by changing 0.01-10 % of its weights in place."""
+"""Fine-tune a pretrained model by changing 0.01-10 % of its weights in place.
+
+mask = sparseft.select("fish", model, train_loader, density=0.005)
+optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=3e-3)
+...
+sparseft.save_delta(model, mask, "delta.safetensors")
+"""
+
+import importlib.metadata
+
+from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
+from sparseft.mask import Mask
+from sparseft.optim import SparseAdamW, SparseSGD
+
+__version__ = importlib.metadata.version("sparseft")
+
+__all__ = [
+    "AppliedDelta",
+    "Delta",
+    "Mask",
+    "SparseAdamW",
+    "SparseSGD",
+    "load_delta",
+    "save_delta",
+]

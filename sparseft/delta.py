@@ -1,0 +1,155 @@
+"""Keep the difference: base + delta = fine-tuned, bit for bit, in both directions."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft import files, ops  # noqa: F401  (ops registers torch.ops.sparseft)
+from sparseft.mask import Mask
+
+_VALUES, _DENSE = "values.", "dense."
+
+
+def save_delta(
+    model: nn.Module, mask: Mask, path: str | os.PathLike[str], info: Mapping[str, Any] | None = None
+) -> None:
+    """Write what it takes to rebuild a fine-tuned model from its base: selected entries and dense parameters.
+
+    About 2 bytes an entry for its place and the parameter's own 2 or 4 for its value. Atomic: an older file survives.
+
+    Args:
+        model: the fine-tuned model, as it is now.
+        mask: what was trained.
+        path: the file to write, `.safetensors` by custom.
+        info: plain JSON values to keep with the mask's own `info`.
+
+    Raises:
+        ValueError: the mask is of another model.
+        OSError: the file could not be written; nothing at `path` was changed.
+    """
+    mask.check(model)
+    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    local = {name: index.to(parameters[name].device) for name, index in mask.items()}
+    values = torch.ops.sparseft.gather([parameters[name] for name in local], list(local.values()))
+    tensors = {"indices." + name: files.encode_indices(index) for name, index in mask.items()}
+    tensors |= {_VALUES + name: value for name, value in zip(local, values, strict=True)}
+    tensors |= {_DENSE + name: parameters[name] for name in mask.dense}
+    header = mask.header()
+    header["info"] = {**mask.info, **(info or {})}
+    files.save(path, "delta", tensors, header)
+
+
+class Delta:
+    """A delta in memory: a mask, the values of its entries, and whole tensors of its dense parameters.
+
+    Attributes:
+        mask: which entries; `mask.info` says how they were chosen and trained.
+        values: parameter name -> [k_i], the parameter's dtype.
+        dense: parameter name -> whole tensor.
+    """
+
+    def __init__(self, mask: Mask, values: dict[str, Tensor], dense: dict[str, Tensor]):
+        self.mask, self.values, self.dense = mask, values, dense
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Delta:
+        """Read a delta file. Safetensors only: reading never runs code.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no delta, is damaged, or its parts do not fit together.
+        """
+        tensors, header = files.load(path, "delta")
+        mask = Mask.from_file_parts(tensors, header)
+        values = {name: tensors.get(_VALUES + name, torch.empty(0)) for name in mask}
+        dense = {name: tensors.get(_DENSE + name, torch.empty(0)) for name in mask.dense}
+        short = [name for name in mask if values[name].shape != mask[name].shape]
+        short += [name for name, shape in mask.dense.items() if tuple(dense[name].shape) != shape]
+        if short:
+            raise ValueError(f"{path} is damaged: values and indices differ in length for {short}; fetch it again")
+        return cls(mask, values, dense)
+
+    def apply(self, model: nn.Module, check_weights: bool = True) -> AppliedDelta:
+        """Swap the delta into a model, in place.
+
+        Args:
+            model: the base model the delta was trained from.
+            check_weights: compare the base's fingerprint too (reads every weight once); turn it off for speed when
+                the same base was checked before.
+
+        Raises:
+            ValueError: names, shapes, dtypes or base weights differ; nothing was changed.
+        """
+        self.mask.check(model, weights=check_weights)
+        parameters = dict(model.named_parameters())
+        stored = {**self.values, **self.dense}
+        other = [name for name, value in stored.items() if value.dtype != parameters[name].dtype]
+        if other:
+            name = other[0]
+            raise ValueError(
+                f"{name} is {parameters[name].dtype} in the model and {stored[name].dtype} in the delta; load the "
+                "model in the dtype it was trained in"
+            )
+        return AppliedDelta(self, parameters)
+
+
+class AppliedDelta:
+    """A delta in place. `restore()` puts the base back bit for bit; `swap()` goes back and forth.
+
+    Also a context manager that restores on leaving. The values that are not in the model lie in buffers of their own:
+    what was replaced is kept, never subtracted.
+    """
+
+    def __init__(self, delta: Delta, parameters: Mapping[str, nn.Parameter]):
+        mask = delta.mask
+        self._entries = [parameters[name].detach() for name in mask]
+        self._indices = [mask[name].to(parameters[name].device) for name in mask]
+        self._values = [delta.values[name].to(parameters[name].device, copy=True) for name in mask]
+        self._wholes = [parameters[name].detach() for name in mask.dense]
+        self._others = [delta.dense[name].to(parameters[name].device, copy=True) for name in mask.dense]
+        self.info = mask.info
+        self.active = False
+        self.swap()
+
+    def swap(self) -> None:
+        """Exchange the delta's values and the model's."""
+        torch.ops.sparseft.delta_swap_(self._entries, self._indices, self._values)
+        for whole, other in zip(self._wholes, self._others, strict=True):
+            replaced = whole.clone()
+            whole.copy_(other)
+            other.copy_(replaced)
+        self.active = not self.active
+
+    def restore(self) -> None:
+        """Put the base weights back; nothing happens if they are."""
+        if self.active:
+            self.swap()
+
+    def __enter__(self) -> AppliedDelta:
+        if not self.active:
+            self.swap()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+
+def load_delta(model: nn.Module, path: str | os.PathLike[str]) -> AppliedDelta:
+    """Read a delta file and swap it into the base model it was trained from.
+
+    Returns:
+        A handle whose `restore()` puts the base back, bit for bit.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is no delta or is damaged, or the model is not its base; nothing was changed.
+    """
+    return Delta.load(path).apply(model)

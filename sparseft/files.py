@@ -1,0 +1,103 @@
+"""Reading and writing files: safetensors only, atomic, and index lists at two bytes an entry."""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from sparseft.reference import index_dtype
+
+# a gap of this size or more is written as that many "skip on" codes before its remainder
+_SKIP = 65535
+
+
+def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Write tensors and a JSON header to `path`, or leave what is there as it was.
+
+    The file is written under a temporary name in the same folder, flushed to the disk and renamed: a full disk or a
+    crash never leaves half a file, and never harms an older one.
+
+    Raises:
+        OSError: the file could not be written; `path` is untouched.
+    """
+    path = Path(path)
+    metadata = {"format": f"sparseft {kind} 1", "header": json.dumps(header)}
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    os.close(descriptor)
+    try:
+        save_file(plain, temporary, metadata=metadata)
+        with open(temporary, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(temporary, 0o666 & ~_umask())
+        os.replace(temporary, path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write {path}: {error}; nothing at that path was changed") from error
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read what `save` wrote: tensors by name, and the header.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not safetensors, is cut short, or holds something else than `kind`.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    wanted = f"sparseft {kind} 1"
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != wanted:
+                found = metadata.get("format", "safetensors of another program")
+                raise ValueError(f"{path} must be a {wanted!r} file, got {found!r}")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["header"])
+    except (SafetensorError, json.JSONDecodeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is not a readable {kind} file ({error}); it may be cut short: fetch it again"
+        ) from error
+
+
+def encode_indices(indices: Tensor) -> Tensor:
+    """Return sorted, unique positions as uint16 gaps: two bytes an entry unless entries lie 65,535 or more apart.
+
+    indices: int32 or int64 [k]. Returns uint16 [k + skips].
+    """
+    positions = indices.cpu().numpy().astype(np.int64)
+    gaps = np.diff(positions, prepend=0)
+    skips = gaps // _SKIP
+    codes = np.full(len(gaps) + int(skips.sum()), _SKIP, dtype=np.uint16)
+    codes[np.arange(len(gaps)) + np.cumsum(skips)] = gaps % _SKIP
+    return torch.from_numpy(codes)
+
+
+def decode_indices(codes: Tensor, numel: int) -> Tensor:
+    """Return the positions that `encode_indices` wrote, [k], int32 or int64 by `numel`.
+
+    Raises:
+        ValueError: the codes are no sorted, unique positions below numel.
+    """
+    if codes.dtype != torch.uint16 or codes.dim() != 1:
+        raise ValueError(f"index codes must be uint16 [n], got {codes.dtype} {list(codes.shape)}; the file is damaged")
+    values = codes.numpy()
+    positions = np.cumsum(values, dtype=np.int64)[values != _SKIP]
+    if len(positions) and (positions[-1] >= numel or bool((np.diff(positions) <= 0).any())):
+        raise ValueError(f"indices must be sorted, unique and below {numel}; the file is damaged or was tampered with")
+    return torch.from_numpy(positions).to(index_dtype(numel))
+
+
+def _umask() -> int:
+    current = os.umask(0)
+    os.umask(current)
+    return current

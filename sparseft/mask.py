@@ -1,0 +1,311 @@
+"""Which weights train: one sorted index list a parameter, and how it was chosen."""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import importlib.metadata
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft import files
+from sparseft.reference import index_dtype
+
+_PREFIX = "indices."
+
+
+class Mask(Mapping[str, Tensor]):
+    """Selected entries of a model's parameters: a mapping from parameter name to index list.
+
+    Index lists are flat positions in C order, sorted, unique; int32, or int64 for a parameter of 2^31 elements or
+    more. Names are the model's own; tied parameters appear once, under their first name.
+
+    Args:
+        indices: parameter name -> int32 or int64 [k_i], sorted and unique.
+        shapes: parameter name -> shape, for every selectable parameter, also those with nothing selected: together
+            they are the `n` that density is counted in.
+        dense: parameter name -> shape of the parameters that train whole, outside the budget (a new head, say).
+        aliases: other names of tied parameters -> the name they appear under.
+        info: how the mask was made (method, options, seed, samples, density asked); plain JSON values.
+        fingerprint: parameter name -> hash of the base model's weights, from `fingerprint`.
+
+    Raises:
+        TypeError: an index list is not an integer tensor.
+        ValueError: an index list is unsorted, repeats, or leaves its parameter, or names are missing from shapes.
+    """
+
+    def __init__(
+        self,
+        indices: Mapping[str, Tensor],
+        shapes: Mapping[str, Sequence[int]],
+        *,
+        dense: Mapping[str, Sequence[int]] | None = None,
+        aliases: Mapping[str, str] | None = None,
+        info: Mapping[str, Any] | None = None,
+        fingerprint: Mapping[str, str] | None = None,
+    ):
+        self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
+        self.dense = {name: tuple(shape) for name, shape in (dense or {}).items()}
+        self.aliases = dict(aliases or {})
+        self.info = dict(info or {})
+        self.fingerprint = dict(fingerprint or {})
+        unknown = sorted(set(indices) - set(self.shapes)) + sorted(set(self.shapes) & set(self.dense))
+        if unknown:
+            raise ValueError(f"every masked parameter must have one shape and not be dense too, got {unknown}")
+        self._indices = {
+            name: check_indices(name, index, math.prod(self.shapes[name]))
+            for name, index in indices.items()
+            if index.numel()
+        }
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._indices[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._indices)
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Mask):
+            return NotImplemented
+        same_names = self.shapes == other.shapes and self.dense == other.dense and self.keys() == other.keys()
+        return same_names and all(torch.equal(self[name].cpu(), other[name].cpu()) for name in self)
+
+    __hash__ = None  # type: ignore[assignment]
+
+    @property
+    def k(self) -> int:
+        """Number of selected entries, dense parameters not counted."""
+        return sum(index.numel() for index in self._indices.values())
+
+    @property
+    def n(self) -> int:
+        """Number of entries that could have been selected."""
+        return sum(math.prod(shape) for shape in self.shapes.values())
+
+    @property
+    def density(self) -> float:
+        """Selected over selectable entries, in (0, 1]."""
+        return self.k / self.n
+
+    @property
+    def trained(self) -> int:
+        """Number of weights that train: the selected entries and the dense parameters."""
+        return self.k + sum(math.prod(shape) for shape in self.dense.values())
+
+    def __repr__(self) -> str:
+        how = self.info.get("method", "indices")
+        dense = f", dense={list(self.dense)}" if self.dense else ""
+        return f"Mask({how}: {self.k:,} of {self.n:,} entries, density {self.density:.4%}, {len(self)} tensors{dense})"
+
+    def union(self, other: Mask) -> Mask:
+        """Return the entries that are in either mask. Both must be of the same parameters."""
+        self._same_parameters(other)
+        return self._combined(other, lambda both, counts: both)
+
+    def intersection(self, other: Mask) -> Mask:
+        """Return the entries that are in both masks. Both must be of the same parameters."""
+        self._same_parameters(other)
+        return self._combined(other, lambda both, counts: both[counts == 2])
+
+    def overlap(self, other: Mask) -> float:
+        """Return which share of the smaller mask's entries is in the other too, in [0, 1]."""
+        smaller = min(self.k, other.k)
+        return self.intersection(other).k / smaller if smaller else 0.0
+
+    def to(self, device: torch.device | str) -> Mask:
+        """Return the mask with its index lists on a device."""
+        return self._like({name: index.to(device) for name, index in self._indices.items()})
+
+    def check(self, model: nn.Module, weights: bool = False) -> None:
+        """Raise unless the mask fits a model: same names and shapes and, if asked, the same base weights.
+
+        Raises:
+            ValueError: says which names, shapes or weights differ.
+        """
+        parameters = dict(model.named_parameters())
+        wanted = {**self.shapes, **self.dense}
+        missing = [name for name in wanted if name not in parameters]
+        resized = [
+            f"{name} is {list(parameters[name].shape)}, not {list(shape)}"
+            for name, shape in wanted.items()
+            if name in parameters and tuple(parameters[name].shape) != shape
+        ]
+        if missing or resized:
+            raise ValueError(
+                f"the mask is of another model: missing parameters {_some(missing)}, other shapes {_some(resized)}; "
+                "use it with the model it was made for"
+            )
+        if weights and self.fingerprint:
+            now = fingerprint(model, self.fingerprint)
+            changed = [name for name, digest in self.fingerprint.items() if now[name] != digest]
+            if changed:
+                raise ValueError(
+                    f"the base weights differ in {len(changed)} of {len(now)} parameters: {_some(changed)}; load the "
+                    "model the mask was made for, and restore deltas that are applied to it"
+                )
+
+    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Return parameter groups for an optimizer of this package: `selected`, and `dense` if there is any.
+
+        Each holds its parameters and, beside them, their index lists on the parameters' devices.
+
+        Raises:
+            ValueError: the mask is of another model, or a masked parameter is frozen.
+        """
+        self.check(model)
+        parameters = dict(model.named_parameters())
+        frozen = [name for name in (*self._indices, *self.dense) if not parameters[name].requires_grad]
+        if frozen:
+            raise ValueError(
+                f"masked parameters must have requires_grad=True, got frozen {_some(frozen)}; they were frozen after "
+                "the selection: unfreeze them or select again"
+            )
+        selected = {
+            "name": "selected",
+            "params": [parameters[name] for name in self._indices],
+            "indices": [index.to(parameters[name].device) for name, index in self._indices.items()],
+        }
+        dense = {"name": "dense", "params": [parameters[name] for name in self.dense], "indices": None}
+        return [group for group in (selected, dense) if group["params"]]
+
+    def freeze_rest(self, model: nn.Module) -> None:
+        """Set requires_grad=False on parameters with nothing selected: their gradients would be computed for nothing.
+
+        At least the parameters of the mask stay as they are. Also keeps norm clipping to what is trained.
+        """
+        self.check(model)
+        for name, parameter in model.named_parameters():
+            if name not in self._indices and name not in self.dense:
+                parameter.requires_grad_(False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the mask as safetensors, about two bytes an entry. Atomic: an older file survives a failure."""
+        tensors = {_PREFIX + name: files.encode_indices(index) for name, index in self._indices.items()}
+        files.save(path, "mask", tensors, self.header())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Mask:
+        """Read a mask.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is no mask, or damaged.
+        """
+        tensors, header = files.load(path, "mask")
+        return cls.from_file_parts(tensors, header)
+
+    def header(self) -> dict[str, Any]:
+        """Return everything but the index lists, as plain JSON values, the way files keep it."""
+        return {
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "dense": {name: list(shape) for name, shape in self.dense.items()},
+            "aliases": self.aliases,
+            "info": self.info,
+            "fingerprint": self.fingerprint,
+        }
+
+    @classmethod
+    def from_file_parts(cls, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) -> Mask:
+        """Build a mask from the tensors named `indices.*` and the header of a file."""
+        try:
+            shapes = {name: tuple(map(int, shape)) for name, shape in header["shapes"].items()}
+            indices = {
+                name: files.decode_indices(tensors[_PREFIX + name], math.prod(shape))
+                for name, shape in shapes.items()
+                if _PREFIX + name in tensors
+            }
+            extra = {key: header[key] for key in ("dense", "aliases", "info", "fingerprint")}
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(f"the file's header is incomplete ({error!r}); it is damaged, fetch it again") from error
+        stray = [name for name in tensors if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in shapes]
+        if stray:
+            raise ValueError(f"the file holds index lists of unknown parameters {_some(stray)}; it is damaged")
+        return cls(indices, shapes, **extra)
+
+    def _like(self, indices: Mapping[str, Tensor]) -> Mask:
+        return Mask(
+            indices,
+            self.shapes,
+            dense=self.dense,
+            aliases=self.aliases,
+            info=self.info,
+            fingerprint=self.fingerprint,
+        )
+
+    def _same_parameters(self, other: Mask) -> None:
+        if self.shapes != other.shapes:
+            names = sorted(
+                name for name in {*self.shapes, *other.shapes} if self.shapes.get(name) != other.shapes.get(name)
+            )
+            raise ValueError(f"masks must be of the same parameters, got differences in {_some(names)}")
+
+    def _combined(self, other: Mask, keep: Any) -> Mask:
+        indices = {}
+        for name in self.shapes:
+            lists = [mask[name].cpu() for mask in (self, other) if name in mask]
+            if lists:
+                indices[name] = keep(*torch.cat(lists).unique(return_counts=True))
+        return Mask(indices, self.shapes, dense=self.dense, aliases=self.aliases, fingerprint=self.fingerprint)
+
+
+def check_indices(name: str, index: Tensor, numel: int) -> Tensor:
+    """Return an index list in the dtype its parameter needs, or raise if it is not sorted, unique and in range."""
+    if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
+        raise TypeError(f"indices of {name} must be int32 or int64 [k], got {index.dtype} {list(index.shape)}")
+    if index.numel():
+        low, high = int(index[0]), int(index[-1])
+        if bool((index[1:] <= index[:-1]).any()):
+            raise ValueError(f"indices of {name} must be sorted and unique; use index.unique()")
+        if low < 0 or high >= numel:
+            raise ValueError(f"indices of {name} must lie in [0, {numel}), got {low}..{high}; is it another model's?")
+    return index.to(index_dtype(numel))
+
+
+def fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:
+    """Return parameter name -> a 64-bit hash of its bytes (blake2b), of every parameter or of those named."""
+    parameters = dict(model.named_parameters())
+    return {name: _digest(parameters[name]) for name in (parameters if names is None else names)}
+
+
+def aliases(model: nn.Module) -> dict[str, str]:
+    """Return the other names of tied parameters -> the first name, which `named_parameters` lists."""
+    first = {id(parameter): name for name, parameter in model.named_parameters()}
+    every = model.named_parameters(remove_duplicate=False)
+    return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
+
+
+def match_names(patterns: str | Iterable[str], names: Iterable[str], argument: str) -> list[str]:
+    """Return the names that match any shell-style pattern, in their order.
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    names = list(names)
+    for pattern in patterns:
+        if not fnmatch.filter(names, pattern):
+            raise ValueError(f"{argument} pattern {pattern!r} matches no parameter; names are like {_some(names)}")
+    return [name for name in names if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def versions() -> dict[str, str]:
+    """Return the versions that belong into what is saved."""
+    return {"sparseft": importlib.metadata.version("sparseft"), "torch": torch.__version__}
+
+
+def _digest(parameter: Tensor) -> str:
+    data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:4])
+    return f"[{shown}, and {len(names) - 4} more]" if len(names) > 4 else f"[{shown}]"

@@ -1,0 +1,180 @@
+"""What makes a sparse optimizer a torch optimizer. Written once: a new optimizer adds only its update."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.mask import check_indices
+from sparseft.reference import index_dtype
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class SparseOptimizer(torch.optim.Optimizer):
+    """Base of the optimizers that train selected entries only.
+
+    A parameter group may hold `indices`: one index list a parameter (flat, sorted, unique), as `Mask.param_groups`
+    makes them. A group without it trains every entry. Nothing outside the index lists changes, bit for bit: no decay,
+    no momentum. `param.grad` is read and never written; a gradient of k entries in place of a dense one works too.
+
+    State has one entry a selected weight, in fp32: torch's names, `step` (0-d), and for a bf16 or fp16 parameter
+    `master`, its selected entries in fp32.
+    """
+
+    # GradScaler hands its scale and overflow flag to step, which then needs no host synchronisation
+    _step_supports_amp_scaling = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; `indices` is one list a parameter, or None to train every entry.
+
+        Raises:
+            TypeError: a parameter or an index list has a dtype that is not served.
+            ValueError: an option is out of range, index lists and parameters differ in number, or a list is unsorted,
+                repeats or leaves its parameter.
+        """
+        indices = param_group.get("indices")
+        super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        try:
+            for option in ("lr", "weight_decay"):
+                if not group[option] >= 0:
+                    raise ValueError(f"{option} must be at least 0, got {group[option]}")
+            group["indices"] = _checked_indices(group["params"], indices)
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update the selected entries of every parameter that has a gradient.
+
+        Args:
+            closure: recomputes the loss, with gradients enabled; its result is returned.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            chosen = [i for i, param in enumerate(group["params"]) if param.grad is not None]
+            if chosen:
+                params = [group["params"][i] for i in chosen]
+                self._group_step(group, params, [group["indices"][i] for i in chosen])
+                torch.autograd.graph.increment_version(params)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state, index lists included; dtypes and values stay as they were saved.
+
+        Raises:
+            ValueError: groups, parameters or index lists do not fit; nothing was changed.
+        """
+        saved_groups = state_dict["param_groups"]
+        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
+            # torch words this error, and raises it before it changes anything
+            return super().load_state_dict(state_dict)
+        indices = [
+            _checked_indices(group["params"], saved["indices"])
+            for group, saved in zip(self.param_groups, saved_groups, strict=True)
+        ]
+        super().load_state_dict(state_dict)
+        for group, lists in zip(self.param_groups, indices, strict=True):
+            group["indices"] = lists
+        # torch rounds every state tensor but `step` to the parameter's dtype, which ruins the fp32 moments of a bf16
+        # model. It did groups and hooks; the saved tensors go back in their own dtype.
+        keys = chain.from_iterable(group["params"] for group in saved_groups)
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        for key, param in zip(keys, params, strict=True):
+            for name, value in state_dict["state"].get(key, {}).items():
+                self.state[param][name] = value.to(param.device, copy=True) if torch.is_tensor(value) else value
+
+    def __repr__(self) -> str:
+        entries = sum(index.numel() for group in self.param_groups for index in group["indices"])
+        options = {
+            key: value for key, value in self.param_groups[0].items() if key not in ("params", "indices", "name")
+        }
+        return f"{type(self).__name__}({entries:,} entries, {options})"
+
+    def _group_step(self, group: dict[str, Any], params: list[Tensor], indices: list[Tensor]) -> None:
+        """Count the step and call the optimizer's op with what every optimizer shares."""
+        grads = [param.grad for param in params if param.grad is not None]
+        states = [self._param_state(group, param, index) for param, index in zip(params, indices, strict=True)]
+        steps = [state["step"] for state in states]
+        found_inf = getattr(self, "found_inf", None)
+        torch._foreach_add_(steps, 1)
+        if found_inf is not None:
+            torch._foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
+        lr = group["lr"]
+        # a tensor on the device stays there, so that a captured graph follows the schedule
+        on_device = torch.is_tensor(lr) and lr.device.type != "cpu"
+        shared = {
+            "lr": 0.0 if on_device else float(lr),
+            "lr_tensor": lr if on_device else None,
+            "weight_decay": group["weight_decay"],
+            "maximize": group["maximize"],
+            "grad_scale": getattr(self, "grad_scale", None),
+            "found_inf": found_inf,
+        }
+        masters = [
+            state["master"] if "master" in state else _no_master(param.device)
+            for state, param in zip(states, params, strict=True)
+        ]
+        self._update(group, params, grads, indices, states, masters, steps, shared)
+
+    def _param_state(self, group: dict[str, Any], param: Tensor, index: Tensor) -> dict[str, Any]:
+        state: dict[str, Any] = self.state[param]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+            if param.dtype != torch.float32:
+                state["master"] = param.detach().view(-1)[index.long()].float()
+        for name in self._state_names(group):
+            if name not in state:
+                state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
+        return state
+
+    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Return the names of the k-sized states an optimizer keeps."""
+        raise NotImplementedError
+
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        indices: list[Tensor],
+        states: list[dict[str, Any]],
+        masters: list[Tensor],
+        steps: list[Tensor],
+        shared: dict[str, Any],
+    ) -> None:
+        """Call the optimizer's op: the only method, with `_state_names`, that a new optimizer writes."""
+        raise NotImplementedError
+
+
+@functools.cache
+def _no_master(device: torch.device) -> Tensor:
+    return torch.empty(0, dtype=torch.float32, device=device)
+
+
+def _checked_indices(params: list[Tensor], indices: list[Tensor] | None) -> list[Tensor]:
+    """Return one index list a parameter, on its device, in its dtype; all entries where there is no list."""
+    for param in params:
+        if param.dtype not in _FLOATS or not param.is_contiguous():
+            raise TypeError(
+                f"parameters must be contiguous and fp32, bf16 or fp16, got {param.dtype} {param.stride()}"
+            )
+    if indices is None:
+        return [torch.arange(p.numel(), dtype=index_dtype(p.numel()), device=p.device) for p in params]
+    if len(indices) != len(params):
+        raise ValueError(f"a group needs one index list a parameter, got {len(indices)} for {len(params)} parameters")
+    return [
+        check_indices(f"parameter {i} of the group", index, param.numel()).to(param.device)
+        for i, (param, index) in enumerate(zip(params, indices, strict=True))
+    ]
