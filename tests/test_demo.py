@@ -1,0 +1,150 @@
+"""The demo's data: large enough, no leak of the label, nothing of the dev set in the train set."""
+
+import importlib.util
+import json
+import random
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+def load(name):
+    """Import an example: they are files to run, in a folder that is not on the path."""
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+docstrings = load("docstrings")
+
+
+@pytest.fixture(scope="module")
+def data():
+    return docstrings.build(seed=0)
+
+
+def write_library(root, packages, modules, docstrings, paragraphs=3, sentences=1):
+    """Write sources whose words are random; every paragraph ends in a word of its docstring's own."""
+    rng = random.Random(0)
+
+    def word():
+        return "".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=6))
+
+    def paragraph(origin):
+        return " ".join(f"{' '.join(word() for _ in range(8)).capitalize()} {origin}." for _ in range(sentences))
+
+    for number in range(packages + modules):
+        name = "parcel" + "abcdefghijklmnop"[number]
+        path = root / f"{name}.py" if number >= packages else root / name / "part.py"
+        path.parent.mkdir(exist_ok=True)
+        functions = []
+        for function in range(docstrings):
+            origin = "origin" + word()
+            text = "\n\n    ".join(paragraph(origin) for _ in range(paragraphs))
+            functions.append(f'def f{function}():\n    """{text}"""\n')
+        path.write_text("".join(functions))
+
+
+def test_it_has_the_size_and_the_classes_it_promises(data):
+    labels = Counter(row["label"] for row in data.train + data.dev)
+    assert len(data.train) + len(data.dev) >= 3000
+    assert 8 <= len(data.labels) <= 12
+    assert sorted(labels) == list(range(len(data.labels)))
+    assert max(labels.values()) <= 5 * min(labels.values())
+
+
+def test_the_split_is_stratified(data):
+    train, dev = (Counter(row["label"] for row in rows) for rows in (data.train, data.dev))
+    for label in range(len(data.labels)):
+        assert dev[label] / (dev[label] + train[label]) == pytest.approx(0.2, abs=0.02)
+
+
+def test_no_row_names_its_package(data):
+    for row in data.train + data.dev:
+        name = data.labels[row["label"]].lower()
+        text = row["text"].lower()
+        for plain in (text, text.replace("-", ""), text.replace(" ", ""), text.replace("_", "")):
+            assert name not in plain, row
+
+
+@pytest.mark.parametrize(
+    ("text", "package", "named"),
+    [
+        ("Send an EMail", "email", True),
+        ("Send an e-mail", "email", True),
+        ("several multi-processed items", "multiprocessing", True),
+        ("an asyncio.Task", "asyncio", True),
+        ("the async I/O loop", "asyncio", True),
+        ("a ttk button", "tkinter", True),
+        ("written to the Log", "logging", True),
+        ("an import hook", "importlib", False),
+        ("a widget", "tkinter", False),
+        ("a catalogue of messages", "logging", False),
+    ],
+)
+def test_a_package_is_recognised_however_it_is_written(text, package, named):
+    assert docstrings.names_package(text, package) is named
+
+
+def test_no_dev_row_is_told_again_in_the_train_set(data):
+    """Measured on characters, not on words as the builder does: shared trigrams, and one text inside another."""
+    train, dev = (
+        ["".join(filter(str.isalnum, row["text"].lower())) for row in rows] for rows in (data.train, data.dev)
+    )
+    grams = [{text[i : i + 3] for i in range(len(text) - 2)} for text in train + dev]
+    column = {gram: i for i, gram in enumerate(sorted(set().union(*grams)))}
+    bags = torch.zeros(len(grams), len(column))
+    for row, bag in zip(bags, grams, strict=True):
+        row[[column[gram] for gram in bag]] = 1
+    sizes = bags.sum(1)
+    common = bags[len(train) :] @ bags[: len(train)].T
+    jaccard = common / (sizes[len(train) :, None] + sizes[None, : len(train)] - common)
+    assert float(jaccard.max()) < 0.75
+    everything = "\n".join(train)
+    assert not [text for text in dev if text in everything]
+
+
+def test_a_seed_gives_the_same_rows_always_and_another_seed_others(data):
+    again, other = docstrings.build(seed=0), docstrings.build(seed=1)
+    assert again == data
+    assert other.dev != data.dev
+
+
+def test_what_comes_from_one_docstring_stays_on_one_side(tmp_path):
+    write_library(tmp_path, packages=9, modules=0, docstrings=130)
+    data = docstrings.build(root=tmp_path)
+    train, dev = ({row["text"].split()[-1] for row in rows} for rows in (data.train, data.dev))
+    assert len(data.train) > 2 * len(train), "docstrings of three paragraphs were wanted"
+    assert not train & dev
+
+
+def test_sentences_are_rows_where_paragraphs_are_too_few(tmp_path):
+    write_library(tmp_path, packages=9, modules=0, docstrings=100, paragraphs=2, sentences=2)
+    data = docstrings.build(root=tmp_path)
+    assert len(data.train) + len(data.dev) == 9 * 400
+
+
+def test_modules_are_classes_where_packages_are_too_few(tmp_path):
+    write_library(tmp_path, packages=6, modules=5, docstrings=150)
+    data = docstrings.build(root=tmp_path)
+    assert len(data.labels) == 11
+
+
+def test_too_small_a_library_is_an_error_that_says_so(tmp_path):
+    write_library(tmp_path, packages=9, modules=2, docstrings=40)
+    with pytest.raises(RuntimeError, match=r"at least 3000 rows in 8 classes, got 1320 in 11"):
+        docstrings.build(root=tmp_path)
+
+
+def test_files_hold_what_was_built(data, tmp_path):
+    data.save(tmp_path)
+    for name, rows in (("train", data.train), ("dev", data.dev)):
+        assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] == rows
+    assert json.loads((tmp_path / "labels.json").read_text()) == data.labels
