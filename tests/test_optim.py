@@ -156,7 +156,7 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back(name):
 @every_optimizer
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_schedulers_drive_the_learning_rate(name, as_tensor):
-    model, groups = model_and_groups()
+    model, _ = model_and_groups()
     other = copy.deepcopy(model)
     options = {**OPTIONS[name], "lr": torch.tensor(0.05) if as_tensor else 0.05}
     optimizer = OPTIMIZERS[name]([{"params": list(model.parameters())}], **options)
