@@ -73,7 +73,9 @@ def test_info_travels_with_the_delta(tmp_path):
     model, mask = fine_tuned(base)
     sparseft.save_delta(model, mask, tmp_path / "delta", info={"task": "mine"})
     info = sparseft.load_delta(base, tmp_path / "delta").info
-    assert info["task"] == "mine" and info["method"] == "random" and info["seed"] == 0
+    assert info["task"] == "mine"
+    assert info["method"] == "random"
+    assert info["seed"] == 0
 
 
 def test_the_file_is_at_most_eight_bytes_an_entry_and_64_kib(tmp_path):

@@ -74,4 +74,5 @@ def test_importing_is_light():
     plain = subprocess.run(
         [sys.executable, "-c", script.replace("sparseft, ", "")], capture_output=True, text=True, check=True
     )
-    assert run.stdout == plain.stdout and run.stdout.strip().endswith("False")
+    assert run.stdout == plain.stdout
+    assert run.stdout.strip().endswith("False")

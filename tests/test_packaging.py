@@ -13,8 +13,8 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
     folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-build-isolation", "--no-deps", "-w", folder, ROOT]
-    subprocess.run(command, check=True, capture_output=True, text=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--quiet"]
+    subprocess.run([*pip, "--no-build-isolation", "--no-deps", "-w", folder, ROOT], check=True, capture_output=True)
     return zipfile.ZipFile(next(folder.glob("*.whl"))).namelist()
 
 
