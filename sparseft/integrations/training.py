@@ -1,0 +1,258 @@
+"""Fine-tuning through transformers.Trainer: a mask, or one of the two baselines that masks are measured against."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sparseft.delta import save_delta
+from sparseft.integrations import measure
+from sparseft.integrations.encoding import Encoded
+from sparseft.integrations.evaluation import Evaluation, evaluate
+from sparseft.integrations.models import Loaded
+from sparseft.mask import Mask, fingerprint, versions
+from sparseft.optim import SparseAdamW
+from sparseft.selection import METHODS as SELECTION_METHODS
+from sparseft.selection import select
+
+# "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
+BASELINES = ("head", "full")
+METHODS = (*SELECTION_METHODS, *BASELINES)
+
+# Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
+# ones than full fine-tuning.
+DEFAULT_LR = {
+    "fish": 3e-3,
+    "sift": 3e-3,
+    "magnitude": 3e-3,
+    "random": 3e-3,
+    "head": 3e-3,
+    "full": 1e-4,
+}
+WARMUP = 0.1  # share of the steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    """What training gave and what it cost.
+
+    Attributes:
+        method: the selection method, "head" or "full".
+        lr: the peak learning rate.
+        trained: number of weights that were trained, new parameters included.
+        evaluation: of the dev split, after training.
+        steps: number of optimizer steps.
+        seconds_per_step: median over the steps of forward, backward and update.
+        peak_memory: bytes while training; see `measure.peak_memory`.
+        checkpoint_bytes: size of the delta file, or of the model's files for full fine-tuning.
+    """
+
+    method: str
+    lr: float
+    trained: int
+    evaluation: Evaluation
+    steps: int
+    seconds_per_step: float
+    peak_memory: int
+    checkpoint_bytes: int
+
+
+def device() -> torch.device:
+    """Return where training runs: the CUDA device if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def choose(
+    loaded: Loaded,
+    encoded: Encoded,
+    method: str = "fish",
+    density: float = 0.005,
+    *,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    samples: int | None = None,
+    batch_size: int = 16,
+    seed: int = 0,
+    progress: bool = True,
+) -> Mask | None:
+    """Choose which weights to train, looking at training rows only; None stands for all of them (method "full").
+
+    Args:
+        loaded: the model; its new parameters train whole, outside the budget.
+        encoded: the data.
+        method: a selection method, "head" or "full".
+        density: selected over selectable weights, in (0, 1].
+        include: patterns of the parameters to select from; all if empty.
+        exclude: patterns of parameters to leave out.
+        samples: rows to look at, for "fish" and "sift"; None for the method's default.
+        batch_size: rows at a time.
+        seed: which rows, and a method's own random choices.
+        progress: show a progress bar on stderr.
+
+    Raises:
+        ValueError: an option is out of range or does not go with the method.
+    """
+    if method == "full":
+        return None
+    if method == "head":
+        return _head_mask(loaded)
+    options: dict[str, Any] = {}
+    if samples is not None:
+        if method not in ("fish", "sift"):
+            raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
+        options = {"samples": samples} if method == "fish" else {"batches": math.ceil(samples / batch_size)}
+    loaded.model.to(device())
+    return select(
+        method,
+        loaded.model,
+        encoded.batches(encoded.train, batch_size, device(), seed),
+        density=density,
+        dense=loaded.new,
+        include=include or None,
+        exclude=exclude or None,
+        seed=seed,
+        progress=progress,
+        **options,
+    )
+
+
+def train(
+    model: Any,
+    encoded: Encoded,
+    mask: Mask | None,
+    *,
+    lr: float | None = None,
+    epochs: float = 3.0,
+    max_steps: int | None = None,
+    batch_size: int = 16,
+    weight_decay: float = 0.0,
+    seed: int = 0,
+    progress: bool = True,
+) -> Result:
+    """Fine-tune a model in place, what the mask leaves out frozen, and measure it on the dev split.
+
+    The schedule is the same for every method: AdamW, a linear warm-up over a tenth of the steps, then linear decay to
+    zero; no gradient clipping.
+
+    Args:
+        model: a transformers model, as it was loaded.
+        encoded: the data.
+        mask: what to train, from `choose`; None for everything.
+        lr: peak learning rate; None for the method's default.
+        epochs: passes over the training rows.
+        max_steps: number of steps, in place of epochs.
+        batch_size: rows a step.
+        weight_decay: decoupled, of what is trained.
+        seed: order of the rows and dropout.
+        progress: show progress bars on stderr.
+
+    Raises:
+        ValueError: an option is out of range.
+        RuntimeError: the model's outputs are not finite after training.
+    """
+    method = "full" if mask is None else mask.info.get("method")
+    check_schedule(lr, epochs, max_steps, batch_size)
+    if lr is None:
+        if method not in DEFAULT_LR:
+            raise ValueError(f"lr must be given: there is no default for a mask of method {method!r}")
+        lr = DEFAULT_LR[method]
+    model.to(device())
+    measure.reset_peak_memory()
+    optimizer = _optimizer(model, mask, lr, weight_decay)
+    steps = max_steps or math.ceil(math.ceil(len(encoded.train) / batch_size) * epochs)
+    clock = _fit(model, encoded, optimizer, steps, batch_size, seed, progress)
+    peak = measure.peak_memory()
+    evaluation = evaluate(model, encoded, encoded.dev, progress=progress)
+    if not bool(torch.isfinite(evaluation.outputs).all()):
+        raise RuntimeError(f"training diverged at learning rate {lr}: the outputs are not finite; choose a lower one")
+    trained = sum(parameter.numel() for parameter in model.parameters()) if mask is None else mask.trained
+    size = checkpoint_bytes(model, mask)
+    return Result(str(method), lr, trained, evaluation, steps, clock.median, peak, size)
+
+
+def check_schedule(lr: float | None, epochs: float, max_steps: int | None, batch_size: int) -> None:
+    """Raise unless every option is positive and finite."""
+    for name, value in {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive, got {value}")
+
+
+def checkpoint_bytes(model: Any, mask: Mask | None) -> int:
+    """Return the bytes on disk of the delta of a mask, or of a whole model's weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        if mask is None:
+            model.save_pretrained(folder)
+        else:
+            save_delta(model, mask, Path(folder) / "delta.safetensors")
+        return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def _head_mask(loaded: Loaded) -> Mask:
+    if not loaded.new:
+        raise ValueError("method 'head' needs a model whose head is new, and this one has no new parameter")
+    shapes = {name: parameter.shape for name, parameter in loaded.model.named_parameters()}
+    rest = {name: shape for name, shape in shapes.items() if name not in loaded.new}
+    return Mask(
+        {},
+        rest,
+        dense={name: shapes[name] for name in loaded.new},
+        info={"method": "head", "versions": versions()},
+        fingerprint=fingerprint(loaded.model, rest),
+    )
+
+
+def _optimizer(model: Any, mask: Mask | None, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    if mask is None:
+        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+    mask.freeze_rest(model)
+    return SparseAdamW(mask.param_groups(model), lr=lr, weight_decay=weight_decay)
+
+
+def _fit(
+    model: Any,
+    encoded: Encoded,
+    optimizer: torch.optim.Optimizer,
+    steps: int,
+    batch_size: int,
+    seed: int,
+    progress: bool,
+) -> measure.Clock:
+    from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+
+    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
+    clock = measure.Clock("train", progress)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            output_dir=folder,
+            max_steps=steps,
+            per_device_train_batch_size=batch_size,
+            max_grad_norm=0.0,
+            seed=seed,
+            save_strategy="no",
+            logging_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            remove_unused_columns=False,
+            dataloader_pin_memory=False,
+            use_cpu=device().type == "cpu",
+        )
+        # one process trains on one device: DataParallel would multiply the batch
+        arguments._n_gpu = min(arguments.n_gpu, 1)
+        trainer = Trainer(
+            model,
+            arguments,
+            data_collator=encoded.collate,
+            train_dataset=encoded.train,
+            optimizers=(optimizer, schedule),
+            callbacks=[clock],
+        )
+        # it prints to stdout, which is for results
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return clock
