@@ -1,0 +1,125 @@
+// The loop of every optimizer on the CPU. Selected entries go through it in blocks that stay in the first-level cache:
+// gather gradients and weights as fp32, apply the rule to the block in vector registers, scatter the weights.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "../optimizer_step.h"
+#include "convert.h"
+#include "entries.h"
+#include "simd.h"
+#include "work_list.h"
+
+namespace sparseft {
+
+constexpr int64_t kBlockEntries = 256;
+constexpr int64_t kGrainBlocks = 16;  // below about 4,000 entries a second thread costs more than it saves
+
+struct alignas(64) Block {
+    float weight[kBlockEntries];
+    float grad[kBlockEntries];
+    float states[kMaxStates][kBlockEntries];
+    float stored[kBlockEntries];  // values as a tensor stores them: fp32, or half the space in a 16-bit dtype
+    float rounded[kBlockEntries];
+};
+
+template <class Rule>
+SPARSEFT_SIMD void update_block(const typename Rule::Coefficients c, int64_t n, const float* __restrict grad,
+                                float* __restrict weight, float* __restrict state0, float* __restrict state1) {
+    for (int64_t i = 0; i < n; ++i) {
+        if constexpr (Rule::kStates == 1) {
+            float state[1] = {state0[i]};
+            Rule::update(c, grad[i], weight[i], state);
+            state0[i] = state[0];
+        } else {
+            float state[2] = {state0[i], state1[i]};
+            Rule::update(c, grad[i], weight[i], state);
+            state0[i] = state[0];
+            state1[i] = state[1];
+        }
+    }
+}
+
+inline SPARSEFT_SIMD void divide(float* __restrict values, int64_t n, float divisor) {
+    for (int64_t i = 0; i < n; ++i) values[i] /= divisor;
+}
+
+// Take the master of each weight that still rounds from it. One that does not was changed from outside, by a delta
+// swapped in, say: there the weight wins.
+inline SPARSEFT_SIMD void prefer_master(const float* __restrict master, const float* __restrict rounded, int64_t n,
+                                        float* __restrict weight) {
+    for (int64_t i = 0; i < n; ++i) weight[i] = rounded[i] == weight[i] ? master[i] : weight[i];
+}
+
+inline void load_grad(const ParameterStep& p, int64_t begin, int64_t n, float divisor, Block& block) {
+    Selection grad = p.weight;
+    grad.data = const_cast<void*>(p.grad);
+    grad.element_size = static_cast<int8_t>(p.grad_dtype == ScalarType::Float ? 4 : 2);
+    const void* stored = static_cast<const char*>(p.grad) + begin * grad.element_size;
+    if (!p.compact_grad) {
+        gather_entries(grad, begin, begin + n, block.stored);
+        stored = block.stored;
+    }
+    widen(p.grad_dtype, stored, n, block.grad);
+    if (divisor != 1) divide(block.grad, n, divisor);
+}
+
+inline void load_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
+    gather_entries(p.weight, begin, begin + n, block.stored);
+    widen(p.dtype, block.stored, n, block.weight);
+    if (!p.master) return;
+    narrow(p.dtype, p.master + begin, n, block.stored);
+    widen(p.dtype, block.stored, n, block.rounded);
+    prefer_master(p.master + begin, block.rounded, n, block.weight);
+}
+
+inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
+    narrow(p.dtype, block.weight, n, block.stored);
+    scatter_entries(p.weight, begin, begin + n, block.stored);
+    if (p.master) std::memcpy(p.master + begin, block.weight, n * sizeof(float));
+}
+
+template <class Rule>
+void step_block(const ParameterStep& p, const typename Rule::Coefficients& coefficients, float divisor, int64_t begin,
+                int64_t n, Block& block) {
+    load_grad(p, begin, n, divisor, block);
+    load_weight(p, begin, n, block);
+    // a state that the options do not need is a dummy that stays in the block
+    float* states[kMaxStates];
+    for (int s = 0; s < kMaxStates; ++s) states[s] = p.states[s] ? p.states[s] + begin : block.states[s];
+    update_block<Rule>(coefficients, n, block.grad, block.weight, states[0], states[1]);
+    store_weight(p, begin, n, block);
+}
+
+// Where optimizer_ops.h has a step done.
+struct CpuOptimizer {
+    explicit CpuOptimizer(const Tensor&) {}
+
+    template <class Rule>
+    void step(const Rule& rule, const std::vector<ParameterStep>& parameters, const StepOptions& options) const {
+        if (options.found_inf && *options.found_inf != 0) return;
+        const double lr = options.lr_tensor ? *options.lr_tensor : options.lr;
+        const float scale = options.grad_scale ? *options.grad_scale : 1;
+        const float divisor = options.maximize ? -scale : scale;
+
+        const WorkList work(parameters.size(), kBlockEntries, [&](size_t i) { return parameters[i].weight.k; });
+        work.parallel(kGrainBlocks, [&](const auto& for_each_piece) {
+            Block block;
+            std::memset(block.states, 0, sizeof block.states);
+            int64_t current = -1;
+            typename Rule::Coefficients coefficients{};
+            for_each_piece([&](const Piece& piece) {
+                const ParameterStep& p = parameters[piece.tensor];
+                if (piece.tensor != current) {
+                    coefficients = rule.coefficients(lr, *p.step);
+                    current = piece.tensor;
+                }
+                step_block<Rule>(p, coefficients, divisor, piece.begin, piece.end - piece.begin, block);
+            });
+        });
+    }
+};
+
+}  // namespace sparseft

@@ -1,0 +1,7 @@
+// sgd_ on the CPU.
+#include <torch/csrc/stable/library.h>
+
+#include "../optimizer_ops.h"
+#include "optimizer_step.h"
+
+STABLE_TORCH_LIBRARY_IMPL(sparseft, CPU, m) { m.impl("sgd_", TORCH_BOX(&sparseft::sgd_<sparseft::CpuOptimizer>)); }

@@ -1,0 +1,48 @@
+// The optimizer ops as the dispatcher calls them, for any device. `Device` says where the work is done: constructed
+// from the first parameter, it has `step(rule, parameters, options)`. What the ops compute: sparseft/reference.py.
+#pragma once
+
+#include <optional>
+#include <vector>
+
+#include "optimizer_step.h"
+#include "update_rules.h"
+
+namespace sparseft {
+
+using TensorList = std::vector<Tensor>;
+using MaybeTensor = std::optional<Tensor>;
+
+template <class Device, class Rule>
+void optimizer_op(const Rule& rule, const StepArguments& arguments, bool stateless, double lr, bool maximize,
+                  const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    if (arguments.params.empty()) return;
+    TensorList kept_alive;
+    const auto parameters = parameter_steps(arguments, stateless, kept_alive);
+    const auto options = step_options(arguments, lr, maximize, lr_tensor, grad_scale, found_inf);
+    Device(arguments.params[0]).step(rule, parameters, options);
+}
+
+template <class Device>
+void adamw_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
+            const TensorList& exp_avg_sqs, const TensorList& masters, const TensorList& steps, double lr, double beta1,
+            double beta2, double eps, double weight_decay, bool maximize, const MaybeTensor& lr_tensor,
+            const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    const StepArguments arguments{
+        "adamw_", params, grads, indices, {{"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}}, masters, steps};
+    optimizer_op<Device>(AdamW{beta1, beta2, eps, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
+                         found_inf);
+}
+
+template <class Device>
+void sgd_(const TensorList& params, const TensorList& grads, const TensorList& indices,
+          const TensorList& momentum_buffers, const TensorList& masters, const TensorList& steps, double lr,
+          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
+          const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    const StepArguments arguments{"sgd_",  params, grads, indices, {{"momentum_buffers", &momentum_buffers}},
+                                  masters, steps};
+    optimizer_op<Device>(SGD{momentum, dampening, weight_decay, nesterov}, arguments, momentum == 0, lr, maximize,
+                         lr_tensor, grad_scale, found_inf);
+}
+
+}  // namespace sparseft

@@ -1,0 +1,129 @@
+// What every optimizer op is called with, checked and turned into plain pointers for the CPU loop or the CUDA kernel.
+#pragma once
+
+#include <array>
+#include <optional>
+#include <utility>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+#include "checks.h"
+#include "selection.h"
+
+namespace sparseft {
+
+constexpr int kMaxStates = 2;
+
+// One parameter of a step. The states are fp32 [k]; one that the options do not need is null, and so is `master`
+// where the parameter itself is fp32.
+struct ParameterStep {
+    Selection weight;
+    const void* grad;
+    float* master;
+    float* states[kMaxStates];
+    const float* step;
+    ScalarType dtype;
+    ScalarType grad_dtype;
+    bool compact_grad;  // [k] instead of the parameter's shape
+};
+
+// What is the same for all parameters of a step. The pointers, each to one fp32 value on the parameters' device, may
+// be null.
+struct StepOptions {
+    double lr;
+    bool maximize;
+    const float* lr_tensor;
+    const float* grad_scale;
+    const float* found_inf;
+};
+
+// An optimizer op's arguments, as they come. `states` pairs each list of states with its name.
+struct StepArguments {
+    const char* op;
+    const std::vector<Tensor>& params;
+    const std::vector<Tensor>& grads;
+    const std::vector<Tensor>& indices;
+    std::vector<std::pair<const char*, const std::vector<Tensor>*>> states;
+    const std::vector<Tensor>& masters;
+    const std::vector<Tensor>& steps;
+};
+
+inline const float* scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, const Tensor& like) {
+    if (!tensor.has_value()) return nullptr;
+    const Argument argument{op, name};
+    check_dtype(argument, *tensor, {ScalarType::Float});
+    check_numel(argument, *tensor, 1, "a 0-d tensor");
+    check_device(argument, *tensor, like);
+    return static_cast<const float*>(tensor->data_ptr());
+}
+
+// fp32 values beside the selected entries, or null for an empty tensor where that is allowed.
+inline float* per_entry(const Argument& argument, const Tensor& tensor, int64_t k, bool may_be_empty,
+                        const Tensor& like) {
+    if (may_be_empty && tensor.numel() == 0) return nullptr;
+    check_dtype(argument, tensor, {ScalarType::Float});
+    check_numel(argument, tensor, k, "one a selected entry");
+    check_contiguous(argument, tensor);
+    check_device(argument, tensor, like);
+    return static_cast<float*>(tensor.data_ptr());
+}
+
+// Check one parameter of a step. `grad` is made contiguous if it is not, and must outlive the result.
+inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& grad, bool stateless) {
+    const auto at = [&](const char* name) { return Argument{a.op, name, static_cast<int64_t>(i)}; };
+    const Tensor& param = a.params[i];
+    check_dtype(at("params"), param, kFloatTypes);
+    check_contiguous(at("params"), param);
+    check_device(at("params"), param, a.params[0]);
+    check_dtype(at("grads"), grad, kFloatTypes);
+    check_device(at("grads"), grad, param);
+
+    ParameterStep step{};
+    step.weight = select(at("params"), param, a.indices[i]);
+    const int64_t k = step.weight.k;
+    step.compact_grad = grad.numel() == k;
+    check(step.compact_grad || grad.numel() == param.numel(), at("grads"), " must have the ", param.numel(),
+          " elements of its parameter or the ", k, " of its indices, got ", grad.numel());
+    if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
+    step.grad = grad.data_ptr();
+    step.dtype = param.scalar_type();
+    step.grad_dtype = grad.scalar_type();
+    for (size_t s = 0; s < a.states.size(); ++s) {
+        const auto& [name, list] = a.states[s];
+        step.states[s] = per_entry(at(name), (*list)[i], k, stateless, param);
+    }
+    step.master = per_entry(at("masters"), a.masters[i], k, true, param);
+    step.step = scalar(a.op, "steps", a.steps[i], param);
+    return step;
+}
+
+// Check all parameters of a step, before anything is written. Those without selected entries are left out.
+// `stateless`: the options need no state, which may then be empty. `grads` receives what must outlive the step.
+inline std::vector<ParameterStep> parameter_steps(const StepArguments& a, bool stateless, std::vector<Tensor>& grads) {
+    const size_t n = a.params.size();
+    check_length({a.op, "grads"}, a.grads, n);
+    check_length({a.op, "indices"}, a.indices, n);
+    for (const auto& [name, list] : a.states) check_length({a.op, name}, *list, n);
+    check_length({a.op, "masters"}, a.masters, n);
+    check_length({a.op, "steps"}, a.steps, n);
+
+    grads = a.grads;
+    std::vector<ParameterStep> steps;
+    steps.reserve(n);
+    for (size_t i = 0; i < n; ++i) {
+        const ParameterStep step = parameter_step(a, i, grads[i], stateless);
+        if (step.weight.k > 0) steps.push_back(step);
+    }
+    return steps;
+}
+
+inline StepOptions step_options(const StepArguments& a, double lr, bool maximize,
+                                const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_scale,
+                                const std::optional<Tensor>& found_inf) {
+    const Tensor& like = a.params[0];
+    return {lr, maximize, scalar(a.op, "lr_tensor", lr_tensor, like), scalar(a.op, "grad_scale", grad_scale, like),
+            scalar(a.op, "found_inf", found_inf, like)};
+}
+
+}  // namespace sparseft

@@ -1,0 +1,61 @@
+"""Build the extension sparseft._C: C++ always, CUDA where nvcc and a CUDA torch are there. The rest: pyproject.toml.
+
+SPARSEFT_CUDA=0 leaves the CUDA part out, SPARSEFT_CUDA=1 insists on it.
+"""
+
+import os
+import subprocess
+from pathlib import Path
+
+import torch
+from setuptools import setup
+from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+
+CPU_SOURCES = [
+    "csrc/module.cpp",
+    "csrc/cpu/adamw.cpp",
+    "csrc/cpu/delta_swap.cpp",
+    "csrc/cpu/fisher_linear.cpp",
+    "csrc/cpu/gather.cpp",
+    "csrc/cpu/sgd.cpp",
+    "csrc/cpu/topk.cpp",
+]
+CUDA_SOURCES = [
+    "csrc/cuda/adamw.cu",
+    "csrc/cuda/delta_swap.cu",
+    "csrc/cuda/gather.cu",
+    "csrc/cuda/sgd.cu",
+]
+# the oldest libtorch whose stable ABI the ops use; a header outside that ABI does not compile with it
+TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
+
+
+def with_cuda() -> bool:
+    wanted = os.environ.get("SPARSEFT_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        raise SystemExit(f"SPARSEFT_CUDA must be 0 or 1, got {wanted!r}; leave it unset to build what can be built")
+    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
+    possible = nvcc and torch.version.cuda is not None
+    if wanted == "1" and not possible:
+        missing = "nvcc, which was not found" if not nvcc else f"a CUDA build of torch, got torch {torch.__version__}"
+        raise SystemExit(f"SPARSEFT_CUDA=1 needs {missing}; install it, or set SPARSEFT_CUDA=0")
+    return possible and wanted != "0"
+
+
+def compiler() -> str:
+    command = [os.environ.get("CXX", "c++"), "--version"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+
+
+def extension():
+    cxx = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", TARGET]
+    cxx.append(f'-DSPARSEFT_COMPILER="{compiler()}"')
+    if not with_cuda():
+        return CppExtension("sparseft._C", CPU_SOURCES, extra_compile_args={"cxx": cxx})
+    # machine code for 8.0 to 9.x, and an intermediate form that drivers of newer GPUs translate
+    os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
+    flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]}
+    return CUDAExtension("sparseft._C", CPU_SOURCES + CUDA_SOURCES, extra_compile_args=flags)
+
+
+setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})
