@@ -8,5 +8,5 @@ From files to a fine-tuned model, which is all that `sparseft train` does:
     mask = training.choose(loaded, encoded, "fish", density=0.005)   # None for method "full"
     result = training.train(loaded.model, encoded, mask, epochs=3)
 
-`train` changes the model in place: load it again for the next method.
+`inputs.load` does the first three. `train` changes the model in place: load it again for the next method.
 """

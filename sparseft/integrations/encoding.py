@@ -71,6 +71,8 @@ def encode(splits: Splits, tokenizer: Any, max_length: int = 128) -> Encoded:
 
 
 def _labelled(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Features]:
+    if not examples:
+        return []
     texts = [list(column) for column in zip(*(example.texts for example in examples), strict=True)]
     columns = tokenizer(*texts, truncation=True, max_length=max_length)
     return [
@@ -85,7 +87,7 @@ def _sequences(
     found = [_sequence(example.texts, columns, tokenizer, max_length) for example in examples]
     # the first token is never predicted
     kept = [features for features in found if any(label != _IGNORED for label in features["labels"][1:])]
-    if not kept:
+    if found and not kept:
         raise ValueError(f"{where}: no row has anything to learn within {max_length} tokens; raise max_length")
     if len(kept) < len(found):
         warnings.warn(

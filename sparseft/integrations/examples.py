@@ -60,7 +60,7 @@ def prepare(
 
     Args:
         train: rows to train on; they alone decide task, columns and classes.
-        dev: rows to measure on.
+        dev: rows to measure on; none if nothing is trained.
         task: "auto" takes classification if labels are names or integers, regression if they are floats, and causal
             LM if there are none, but a prompt and its answer, or nothing but a text.
         text_columns: one or two columns; for causal LM one, or those of the prompt and, last, of the answer. Found by
@@ -73,8 +73,8 @@ def prepare(
     """
     if task not in ("auto", *get_args(Task)):
         raise ValueError(f"task must be one of auto, {', '.join(get_args(Task))}, got {task!r}")
-    if not train or not dev:
-        raise ValueError(f"both splits must hold rows, got {len(train)} to train on and {len(dev)} to measure on")
+    if not train:
+        raise ValueError("there must be rows to train on, got none")
     names = list(train[0])
     label = _label_column(names, task, label_column)
     columns = _text_columns(names, label, tuple(text_columns))

@@ -60,6 +60,14 @@ def load(source: str | Path, splits: Splits, *, seed: int = 0, dtype: str = "aut
     return Loaded(model.eval(), tokenizer, _new_parameters(model, report, splits, source))
 
 
+def quiet() -> None:
+    """Silence transformers' notes and progress bars in this process, for a command that reports in its own words."""
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+
 def minilm() -> Path:
     """Return the folder of all-MiniLM-L6-v2 (22.7 M weights) inside the Python package that ships it.
 

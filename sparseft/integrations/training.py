@@ -20,10 +20,12 @@ from sparseft.mask import Mask, fingerprint, versions
 from sparseft.optim import SparseAdamW
 from sparseft.selection import METHODS as SELECTION_METHODS
 from sparseft.selection import select
+from sparseft.selection.top_k import check_density
 
 # "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
 BASELINES = ("head", "full")
 METHODS = (*SELECTION_METHODS, *BASELINES)
+SAMPLING = ("fish", "sift")
 
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
 # ones than full fine-tuning.
@@ -98,14 +100,13 @@ def choose(
     Raises:
         ValueError: an option is out of range or does not go with the method.
     """
+    check_choice(method, density, samples)
     if method == "full":
         return None
     if method == "head":
         return _head_mask(loaded)
     options: dict[str, Any] = {}
     if samples is not None:
-        if method not in ("fish", "sift"):
-            raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
         options = {"samples": samples} if method == "fish" else {"batches": math.ceil(samples / batch_size)}
     loaded.model.to(device())
     return select(
@@ -158,6 +159,8 @@ def train(
     """
     method = "full" if mask is None else mask.info.get("method")
     check_schedule(lr, epochs, max_steps, batch_size)
+    if not encoded.dev:
+        raise ValueError("there must be rows to measure on, got none")
     if lr is None:
         if method not in DEFAULT_LR:
             raise ValueError(f"lr must be given: there is no default for a mask of method {method!r}")
@@ -174,6 +177,15 @@ def train(
     trained = sum(parameter.numel() for parameter in model.parameters()) if mask is None else mask.trained
     size = checkpoint_bytes(model, mask)
     return Result(str(method), lr, trained, evaluation, steps, clock.median, peak, size)
+
+
+def check_choice(method: str, density: float, samples: int | None = None) -> None:
+    """Raise unless the method is known, the density in range, and samples given only to a method that looks at any."""
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
+    check_density(density)
+    if samples is not None and method not in SAMPLING:
+        raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
 
 
 def check_schedule(lr: float | None, epochs: float, max_steps: int | None, batch_size: int) -> None:

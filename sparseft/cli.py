@@ -1,0 +1,257 @@
+"""The `sparseft` command.
+
+Standard output gets one line of JSON, the results; progress, tables and errors go to standard error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator
+from inspect import signature
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from typer.core import TyperGroup
+
+if TYPE_CHECKING:
+    from sparseft.mask import Mask
+
+_EXTRA = ("transformers", "accelerate", "datasets")
+
+
+class _Commands(TyperGroup):
+    """Turns what goes wrong into one line and an exit code: 2 for wrong input, 1 for the rest."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (typer.Exit, typer.Abort):
+            raise
+        except (ValueError, TypeError, FileNotFoundError) as error:
+            _fail(error, 2, ctx.params["debug"])
+        except (RuntimeError, OSError) as error:
+            _fail(error, 1, ctx.params["debug"])
+        except ModuleNotFoundError as error:
+            if error.name not in _EXTRA:
+                raise
+            missing = f"{error.name} is not installed; pip install 'sparseft[train]'"
+            _fail(missing, 1, ctx.params["debug"])
+
+
+_ROWS = "a .jsonl, .json, .csv or .tsv file, or NAME[@CONFIG][:SPLIT] for the datasets library"
+_Model = Annotated[str, typer.Argument(help="Folder or hub id of a transformers model.")]
+_Train = Annotated[str, typer.Option("--train", help=f"Rows to train on: {_ROWS}.")]
+_Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")]
+_Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is in the output.")]
+_Task = Annotated[
+    Literal["auto", "classification", "regression", "causal-lm"],
+    typer.Option(help="auto goes by the labels: names or integers, floats, or none."),
+]
+_Texts = Annotated[
+    list[str] | None,
+    typer.Option("--text-column", help="Column of the text; repeat for a second text, or for causal-lm the answer."),
+]
+_Label = Annotated[str | None, typer.Option("--label-column", help="Column of the label.")]
+_Density = Annotated[float, typer.Option(help="Share of the weights to select, in (0, 1].")]
+_Include = Annotated[list[str] | None, typer.Option(help="Select only in parameters named like this; repeatable.")]
+_Exclude = Annotated[list[str] | None, typer.Option(help="Do not select in parameters named like this; repeatable.")]
+_Samples = Annotated[int | None, typer.Option(min=1, help="Rows that fish and sift look at.")]
+_Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
+_Length = Annotated[int, typer.Option("--max-length", min=2, help="Tokens after which a sequence is cut.")]
+_Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the model is stored.")
+]
+_Seed = Annotated[int, typer.Option(min=0, help="Of a new head, the order of rows, dropout, and the choice.")]
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def main() -> None:
+    """Run the command."""
+    app()
+
+
+@app.callback()
+def _common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+    """Fine-tune a model by changing 0.01-10 % of its weights in place.
+
+    Each command prints one line of JSON to standard output. Exit codes: 0 done, 2 wrong input, 1 failure.
+    """
+
+
+@app.command(epilog="Example: sparseft train ./model --train rte/train.jsonl --dev rte/dev.jsonl --output rte-fish")
+def train(
+    ctx: typer.Context,
+    model: _Model,
+    train_rows: _Train,
+    dev_rows: Annotated[str, typer.Option("--dev", help="Rows to measure on, given like --train.")],
+    output: _Output,
+    task: _Task = "auto",
+    text_columns: _Texts = None,
+    label_column: _Label = None,
+    method: Annotated[
+        str, typer.Option(help="fish, sift, magnitude, random; or as a baseline head or full.")
+    ] = "fish",
+    density: _Density = 0.005,
+    include: _Include = None,
+    exclude: _Exclude = None,
+    samples: _Samples = None,
+    mask_file: Annotated[
+        Path | None, typer.Option("--mask", help="Train this mask, from `sparseft select`, instead of choosing one.")
+    ] = None,
+    epochs: Annotated[float, typer.Option(help="Passes over the training rows.")] = 3.0,
+    max_steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of --epochs.")] = None,
+    batch_size: _Batch = 16,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate; the method's own if left out.")] = None,
+    max_length: _Length = 128,
+    dtype: _Dtype = "auto",
+    seed: _Seed = 0,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Choose weights, train them, measure, and write the delta."""
+    with _results() as results:
+        from sparseft.integrations import checkpoint, inputs, models, training
+        from sparseft.mask import Mask
+
+        checkpoint.check_output(output, overwrite)
+        training.check_choice(method, density, samples)
+        training.check_schedule(lr, epochs, max_steps, batch_size)
+        mask = None if mask_file is None else Mask.load(mask_file)
+        models.quiet()
+        found = inputs.load(model, train_rows, dev_rows, **_taken_by(inputs.load, ctx))
+        started = time.perf_counter()
+        if mask is not None:
+            mask.check(found.loaded.model, weights=True)
+        else:
+            mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
+        select_seconds = time.perf_counter() - started
+        run = training.train(found.loaded.model, found.encoded, mask, **_taken_by(training.train, ctx))
+        options = {"model": model, "batch_size": batch_size, "max_length": max_length, "seed": seed, "output": output}
+        results |= checkpoint.save_run(output, found, mask, run, {**options, "select_seconds": select_seconds})
+
+
+@app.command(epilog="Example: sparseft select ./model --train rte/train.jsonl --output rte-fish.mask")
+def select(
+    ctx: typer.Context,
+    model: _Model,
+    train_rows: _Train,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Mask file to write.")],
+    task: _Task = "auto",
+    text_columns: _Texts = None,
+    label_column: _Label = None,
+    method: Annotated[str, typer.Option(help="fish, sift, magnitude, random, or head.")] = "fish",
+    density: _Density = 0.005,
+    include: _Include = None,
+    exclude: _Exclude = None,
+    samples: _Samples = None,
+    batch_size: _Batch = 16,
+    max_length: _Length = 128,
+    dtype: _Dtype = "auto",
+    seed: _Seed = 0,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Choose weights and write the mask, for `sparseft train --mask` or `sparseft.Mask.load`."""
+    with _results() as results:
+        from sparseft.integrations import inputs, models, training
+
+        training.check_choice(method, density, samples)
+        if output.is_dir() or (output.exists() and not overwrite):
+            raise ValueError(f"the output {output} must be a new file; choose another, or give --overwrite")
+        if not output.absolute().parent.is_dir():
+            raise ValueError(f"the output {output} must lie in a folder that exists; make {output.parent} first")
+        models.quiet()
+        found = inputs.load(model, train_rows, None, **_taken_by(inputs.load, ctx))
+        mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
+        if mask is None:
+            raise ValueError("method 'full' trains everything and has no mask; choose another")
+        mask.save(output)
+        results |= {"output": output, "bytes": output.stat().st_size, **_described(mask)}
+
+
+@app.command(epilog="Example: sparseft merge rte-fish --output rte-merged")
+def merge(
+    source: Annotated[Path, typer.Argument(help="Folder that `sparseft train` wrote, or a delta file.")],
+    output: _Output,
+    base: Annotated[str | None, typer.Option(help="Base model; the one the delta names if left out.")] = None,
+    overwrite: _Overwrite = False,
+) -> None:
+    """Put a delta into its base model and write a plain transformers folder."""
+    with _results() as results:
+        from sparseft.integrations import checkpoint, models
+
+        models.quiet()
+        checkpoint.check_output(output, overwrite)
+        results |= checkpoint.merge(source, output, base)
+
+
+@app.command(epilog="Example: sparseft inspect rte-fish/delta.safetensors")
+def inspect(file: Annotated[Path, typer.Argument(help="Mask or delta file.")]) -> None:
+    """Show what a mask or delta file holds."""
+    with _results() as results:
+        from sparseft.delta import Delta
+        from sparseft.mask import Mask
+
+        try:
+            kind, mask = "mask", Mask.load(file)
+        except ValueError:
+            kind, mask = "delta", Delta.load(file).mask
+        results |= {"kind": kind, "bytes": file.stat().st_size, **_described(mask), "info": mask.info}
+
+
+@app.command(epilog="Example: sparseft doctor")
+def doctor() -> None:
+    """Show who serves each op on each device, and how to get what is missing.
+
+    Exit code 1 if an op is not compiled for the CPU.
+    """
+    with _results() as results:
+        from sparseft import doctor as ops
+
+        results |= ops.report()
+        typer.echo(ops.table(results), err=True)
+    if not results["ok"]:
+        raise typer.Exit(1)
+
+
+def _taken_by(function: Callable[..., Any], ctx: typer.Context) -> dict[str, Any]:
+    """Return the options of this call that a function takes as keywords; options and keywords have the same names."""
+    keywords = [name for name, p in signature(function).parameters.items() if p.kind is p.KEYWORD_ONLY]
+    return {name: ctx.params[name] for name in keywords if ctx.params.get(name) is not None}
+
+
+@contextlib.contextmanager
+def _results() -> Iterator[dict[str, Any]]:
+    """Collect results, and print them when all went well; whatever else is printed meanwhile goes to stderr."""
+    from sparseft.integrations import strict_json
+
+    results: dict[str, Any] = {}
+    with contextlib.redirect_stdout(sys.stderr):
+        yield results
+    typer.echo(strict_json.dumps(results))
+
+
+def _described(mask: Mask) -> dict[str, Any]:
+    """Say what a mask holds: in numbers, and on stderr by parameter."""
+    fullest = sorted(mask, key=lambda name: mask[name].numel(), reverse=True)
+    for name in fullest[:10]:
+        typer.echo(f"{mask[name].numel():>10,} of {math.prod(mask.shapes[name]):>12,}  {name}", err=True)
+    counts = {"k": mask.k, "n": mask.n, "density": mask.density, "tensors": len(mask), "trained": mask.trained}
+    return {"method": mask.info.get("method"), **counts, "dense": list(mask.dense)}
+
+
+def _fail(error: Exception | str, code: int, debug: bool) -> None:
+    if debug:
+        raise
+    typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+    raise typer.Exit(code)

@@ -1,0 +1,167 @@
+"""The folder that `sparseft train` writes, and how a plain transformers model is made of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from torch import Tensor
+
+from sparseft.delta import Delta, save_delta
+from sparseft.integrations import strict_json
+from sparseft.integrations.examples import Splits
+from sparseft.integrations.inputs import Inputs
+from sparseft.integrations.training import Result
+from sparseft.mask import Mask, versions
+
+DELTA, RESULTS, PREDICTIONS = "delta.safetensors", "results.json", "predictions.jsonl"
+
+
+def check_output(folder: Path, overwrite: bool) -> None:
+    """Raise unless a folder can be written: it is new or empty, or may be overwritten, and its place is writable.
+
+    Raises:
+        ValueError: says what stands in the way.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"the output {folder} must be a folder, got a file of that name; choose another")
+    if folder.exists() and any(folder.iterdir()) and not overwrite:
+        raise ValueError(f"the output folder {folder} must be empty or new; choose another, or give --overwrite")
+    place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"the output folder {folder} cannot be written: no permission in {place}")
+
+
+@contextlib.contextmanager
+def staged(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder to write into; what is in it moves to `folder` at the end, file by file, each at once.
+
+    If anything fails before that, `folder` stays as it was.
+
+    Raises:
+        OSError: a file could not be written.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+        yield Path(temporary)
+        for path in sorted(Path(temporary).rglob("*")):
+            if path.is_file():
+                target = folder / path.relative_to(temporary)
+                target.parent.mkdir(parents=True, exist_ok=True)
+                os.replace(path, target)
+
+
+def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, options: dict[str, Any]) -> dict[str, Any]:
+    """Write what `merge` needs: the delta, the config and the tokenizer; and results and dev predictions.
+
+    Without a mask (full fine-tuning) the whole model takes the delta's place.
+
+    Args:
+        folder: the folder to write.
+        inputs: what the run started from; its model is fine-tuned by now.
+        mask: what was trained.
+        run: how it went.
+        options: plain values to keep with the results.
+
+    Returns:
+        What results.json holds, as plain values.
+    """
+    model, results = inputs.loaded.model, _results(inputs, mask, run, options)
+    with staged(folder) as temporary:
+        if mask is None:
+            model.save_pretrained(temporary)
+        else:
+            model.config.architectures = [type(model).__name__]
+            model.config.save_pretrained(temporary)
+            save_delta(model, mask, temporary / DELTA, {"base_model": inputs.source, "task": inputs.splits.task})
+        inputs.loaded.tokenizer.save_pretrained(temporary)
+        lines = [strict_json.dumps(row) for row in _predictions(inputs.splits, run.evaluation.outputs)]
+        (temporary / PREDICTIONS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+        (temporary / RESULTS).write_text(strict_json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    # an overwritten folder may hold a run of the other kind
+    for stale in folder.glob("model*.safetensors*" if mask is not None else DELTA):
+        stale.unlink()
+    return results
+
+
+def merge(source: Path, output: Path, base: str | None = None) -> dict[str, Any]:
+    """Write the base model with a delta in it as a plain transformers folder.
+
+    Args:
+        source: a folder that `save_run` wrote, or a delta file.
+        output: the folder to write.
+        base: the base model; None for the one that the delta names.
+
+    Returns:
+        What was merged, as plain values.
+
+    Raises:
+        ValueError: there is no delta, its base is unknown or cannot be loaded, or the delta is another model's.
+    """
+    file = source / DELTA if source.is_dir() else source
+    if not file.is_file():
+        raise ValueError(f"{file} does not exist; give a folder that `sparseft train` wrote, or a delta file")
+    delta = Delta.load(file)
+    base = base or delta.mask.info.get("base_model")
+    if base is None:
+        raise ValueError(f"{file} does not say which model it belongs to; name it with --base")
+    model, tokenizer = _load_base(base, file.parent)
+    delta.apply(model)
+    with staged(output) as temporary:
+        model.save_pretrained(temporary)
+        tokenizer.save_pretrained(temporary)
+    return {"base_model": base, "delta": file, "merged": delta.mask.trained, "output": output}
+
+
+def _load_base(base: str, beside: Path) -> tuple[Any, Any]:
+    """Return the base model, with the head that the config beside the delta describes, and the tokenizer."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(beside if (beside / "config.json").is_file() else base)
+        name = (config.architectures or ["none"])[0]
+        kind: Any = getattr(transformers, name, None)
+        if not issubclass(kind if isinstance(kind, type) else object, transformers.PreTrainedModel):
+            raise ValueError(f"its config names the architecture {name!r}, which transformers does not have")
+        # a head of another size than the checkpoint's comes whole from the delta
+        model = kind.from_pretrained(base, config=config, dtype=config.dtype or "auto", ignore_mismatched_sizes=True)
+        has_tokenizer = (beside / "tokenizer_config.json").is_file()
+        tokenizer = transformers.AutoTokenizer.from_pretrained(beside if has_tokenizer else base)
+    except (OSError, ValueError, SafetensorError) as error:
+        reason = str(error).strip().split("\n")[0]
+        raise ValueError(f"the base model {base} could not be loaded: {reason}; name another with --base") from error
+    return model, tokenizer
+
+
+def _results(inputs: Inputs, mask: Mask | None, run: Result, options: dict[str, Any]) -> dict[str, Any]:
+    plain = {name: value for name, value in vars(run).items() if name != "evaluation"}
+    return {
+        "task": inputs.splits.task,
+        "classes": inputs.splits.classes,
+        "rows": {"train": len(inputs.encoded.train), "dev": len(inputs.encoded.dev)},
+        "dev": run.evaluation.metrics,
+        "density": 1.0 if mask is None else mask.density,
+        **plain,
+        **options,
+        "device": str(inputs.loaded.model.device),
+        "versions": versions(),
+    }
+
+
+def _predictions(splits: Splits, outputs: Tensor) -> Iterator[dict[str, Any]]:
+    """Yield what the model says to each dev row. fp32 values survive their way through JSON bit for bit."""
+    if splits.task == "causal-lm":
+        for loss, tokens in outputs.tolist():
+            yield {"loss": loss, "tokens": int(tokens)}
+        return
+    for example, row in zip(splits.dev, outputs.tolist(), strict=True):
+        if splits.task == "regression":
+            yield {"label": example.label, "prediction": row[0]}
+        else:
+            best = max(range(len(row)), key=row.__getitem__)
+            yield {"label": splits.classes[int(example.label or 0)], "prediction": splits.classes[best], "logits": row}
