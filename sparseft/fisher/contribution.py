@@ -1,0 +1,126 @@
+"""What one use of a parameter contributes to its per-sample gradient, and how contributions become Fisher.
+
+Three forms cover every rule. They are kept unmultiplied, because the contributions of all uses of a parameter must be
+added per sample before they are squared, and because the per-sample gradient itself is never stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+
+
+@dataclass
+class Outer:
+    """A linear use: the gradient of sample n is `sum_t left[n, t, :] outer right[n, t, :]`.
+
+    left: [N, T, A], right: [N, T, B] for a parameter [A, B]; (dy, x) for a Linear [O, I], (x, dy) for a Conv1D [I, O].
+    """
+
+    left: Tensor
+    right: Tensor
+
+    def reaches(self) -> Tensor:
+        """Return which samples get a nonzero gradient: bool [N]."""
+        return _nonzero(self.left) & _nonzero(self.right)
+
+
+@dataclass
+class Lookup:
+    """An embedding use: row v of the gradient of sample n is the sum of dy[n, l, :] over ids[n, l] == v.
+
+    ids: int [N, L], dy: [N, L, H], zero where the id is the padding index.
+    """
+
+    ids: Tensor
+    dy: Tensor
+
+    def reaches(self) -> Tensor:
+        """Return which samples get a nonzero gradient: bool [N]."""
+        return _nonzero(self.dy)
+
+
+@dataclass
+class Vector:
+    """Any use of a small parameter: its per-sample gradients themselves, fp32 [N, numel]."""
+
+    grad: Tensor
+
+    def reaches(self) -> Tensor:
+        """Return which samples get a nonzero gradient: bool [N]."""
+        return _nonzero(self.grad)
+
+
+Contribution = Outer | Lookup | Vector
+
+
+def add_outers_(fisher: Tensor, outers: list[Outer]) -> None:
+    """Add the squared per-sample gradients of linear uses to fisher [A, B]: uses follow each other along T."""
+    left, right = _joined([outer.left for outer in outers]), _joined([outer.right for outer in outers])
+    if left.dtype == torch.float64:
+        left, right = left.float(), right.float()
+    torch.ops.sparseft.fisher_linear_(fisher, right, left)
+
+
+def outer_rows(outers: list[Outer], ids: Tensor) -> Tensor:
+    """Return the rows of the linear uses' per-sample gradients named by ids [N, L]: fp32 [N, L, B]."""
+    parts = []
+    for outer in outers:
+        columns = outer.left.gather(2, ids.unsqueeze(1).expand(-1, outer.left.shape[1], -1))  # [N, T, L]
+        parts.append(torch.bmm(columns.transpose(1, 2).float(), outer.right.float()))
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+
+
+def add_lookups_(fisher: Tensor, lookups: list[Lookup], rows: Tensor | None = None) -> None:
+    """Add the squared per-sample gradients of embedding uses to fisher [V, H].
+
+    rows: for a parameter that is also used linearly, the linear gradient a at the looked-up rows, [N, L, H]. With b
+    the lookups' gradient, (a + b)^2 = a^2 + (2a + b) b: a^2 is there already, and b is zero outside these rows.
+    Repeated ids of a sample are summed, then squared. Sizes depend on shapes only, so that nothing waits for a GPU.
+    """
+    ids = torch.cat([lookup.ids for lookup in lookups], 1)
+    grads = torch.cat([lookup.dy for lookup in lookups], 1).flatten(0, 1).float()
+    samples = ids.shape[0]
+    sample = torch.arange(samples, device=ids.device).unsqueeze(1)
+    keys, order = (ids.long() * samples + sample).flatten().sort(stable=True)
+    run, start = _runs(keys)
+    grads = _sum_runs(grads[order], run)
+    terms = grads.square() if rows is None else (2 * rows.flatten(0, 1)[order[start]] + grads) * grads
+    # the same row in several samples: summed before it is added, which is deterministic on every device
+    token = keys[start] // samples
+    run, start = _runs(token)
+    fisher.index_add_(0, token[start], _sum_runs(terms, run))
+
+
+def add_vectors_(fisher: Tensor, grad: Tensor) -> None:
+    """Add squared per-sample gradients [N, numel] to fisher."""
+    fisher += grad.square().sum(0).view(fisher.shape)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _runs(keys: Tensor) -> tuple[Tensor, Tensor]:
+    # run [M]: which run of equal keys an entry is in; start [M]: where each run starts. Runs that do not exist point
+    # at the last entry, and their sums are zero.
+    changes = torch.ones_like(keys)
+    changes[1:] = keys[1:] != keys[:-1]
+    run = changes.cumsum(0) - 1
+    start = torch.searchsorted(run, torch.arange(len(keys), device=keys.device)).clamp_(max=len(keys) - 1)
+    return run, start
+
+
+def _sum_runs(values: Tensor, run: Tensor) -> Tensor:
+    # the backward of an embedding is a sum of rows by index: parallel on a CPU, without atomics on a GPU
+    sums: Tensor = torch.ops.aten.embedding_dense_backward(values, run, len(run), -1, False)
+    return sums
+
+
+def _nonzero(tensor: Tensor) -> Tensor:
+    # 0 * inf leaves NaN in rows that no gradient reaches
+    return torch.nan_to_num(tensor.flatten(1), 0.0).ne(0).any(1)

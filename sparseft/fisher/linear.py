@@ -1,0 +1,85 @@
+"""Linear layers: F.linear, and torch.addmm as transformers' Conv1D calls it (weight [I, O], tokens flattened)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseft.fisher.contribution import Outer, Vector
+
+if TYPE_CHECKING:
+    from sparseft.fisher.capture import Capture, Use
+
+
+class _Linear(torch.autograd.Function):
+    """y = x @ weight.T + bias, whose backward computes no dense weight gradient."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        capture: Capture,
+        anchor: Tensor,
+        uses: tuple[Use | None, Use | None],
+        conv1d: bool,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.capture, ctx.uses, ctx.conv1d = capture, uses, conv1d
+        matrix = weight if conv1d else weight.T
+        # written into a tensor of its own: F.linear may return a view, which could not be changed in place afterwards
+        y = x.new_empty(*x.shape[:-1], matrix.shape[1])
+        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, matrix.shape[1])
+        if bias is None:
+            torch.mm(rows, matrix, out=out)
+        else:
+            torch.addmm(bias, rows, matrix, out=out)
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, Tensor | None, None, None]:
+        x, weight = ctx.saved_tensors
+        capture: Capture = ctx.capture
+        weight_use, bias_use = ctx.uses
+        x_rows, dy_rows = capture.by_sample(x), capture.by_sample(dy)  # [N, T, I], [N, T, O]
+        if weight_use is not None:
+            capture.emit(weight_use, Outer(x_rows, dy_rows) if ctx.conv1d else Outer(dy_rows, x_rows))
+        if bias_use is not None:
+            capture.emit(bias_use, Vector(dy_rows.sum(1, dtype=torch.float32)))
+        dx = None
+        if ctx.needs_input_grad[4]:
+            dx = dy @ (weight.T if ctx.conv1d else weight)
+        return None, None, None, None, dx, None, None
+
+
+def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, conv1d: bool) -> Tensor | None:
+    if x.dim() < 2 or weight.dim() != 2:
+        return None
+    uses = (
+        capture.claim(weight, x.shape[0], "linear", same_shape=True),
+        capture.claim(bias, x.shape[0], "bias", same_shape=True),
+    )
+    if uses == (None, None):
+        return None
+    dtype = capture.autocast_dtype(x)
+    x, weight = x.to(dtype), capture.sealed(weight, uses[0]).to(dtype)
+    bias = None if bias is None else capture.sealed(bias, uses[1]).to(dtype)
+    return capture.run(_Linear, uses, conv1d, x, weight, bias)
+
+
+def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return _capture_linear(capture, x, weight, bias, conv1d=False)
+
+
+def _addmm(capture: Capture, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
+    if scales or bias.dim() != 1:
+        return None
+    return _capture_linear(capture, x, weight, bias, conv1d=True)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm}

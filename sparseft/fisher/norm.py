@@ -1,0 +1,97 @@
+"""LayerNorm and RMSNorm: the weight's per-sample gradient is the sum over tokens of dy * x_hat, the bias's of dy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sparseft.fisher.contribution import Vector
+from sparseft.fisher.elementwise import scale
+
+if TYPE_CHECKING:
+    from sparseft.fisher.capture import Capture, Use
+
+
+class _LayerNorm(torch.autograd.Function):
+    """y = x_hat * weight + bias. x_hat is made again from x: (y - bias) / weight would fail at weight 0."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        capture: Capture,
+        anchor: Tensor,
+        uses: tuple[Use | None, Use | None],
+        shape: list[int],
+        eps: float,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+    ) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, shape, weight, bias, eps)
+        ctx.save_for_backward(x, mean, rstd, weight, bias)
+        ctx.capture, ctx.uses, ctx.shape = capture, uses, shape
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd, weight, bias = ctx.saved_tensors
+        capture: Capture = ctx.capture
+        weight_use, bias_use = ctx.uses
+        normalized = len(ctx.shape)
+        if weight_use is not None:
+            product = (x - mean).mul_(rstd).mul_(dy).flatten(-normalized)
+            capture.emit(weight_use, Vector(capture.by_sample(product).sum(1, dtype=torch.float32)))
+        if bias_use is not None:
+            rows = capture.by_sample(dy.flatten(-normalized))
+            capture.emit(bias_use, Vector(rows.sum(1, dtype=torch.float32)))
+        dx = None
+        if ctx.needs_input_grad[5]:
+            dx = torch.ops.aten.native_layer_norm_backward(
+                dy, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
+            )[0]
+        return None, None, None, None, None, dx, None, None
+
+
+def _layer_norm(
+    capture: Capture,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | None:
+    if x.dim() <= len(normalized_shape):
+        return None
+    uses = (
+        capture.claim(weight, x.shape[0], "norm", same_shape=True),
+        capture.claim(bias, x.shape[0], "bias", same_shape=True),
+    )
+    if uses == (None, None):
+        return None
+    weight = None if weight is None else capture.sealed(weight, uses[0])
+    bias = None if bias is None else capture.sealed(bias, uses[1])
+    x = x.float() if capture.autocast_dtype(x) != x.dtype else x
+    return capture.run(_LayerNorm, uses, list(normalized_shape), eps, x, weight, bias)
+
+
+def _rms_norm(
+    capture: Capture,
+    x: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    eps: float | None = None,
+) -> Tensor | None:
+    if weight is None or x.dim() <= len(normalized_shape):
+        return None
+    use = capture.claim(weight, x.shape[0], "norm", same_shape=True)
+    if use is None:
+        return None
+    x_hat = F.rms_norm(x, list(normalized_shape), None, eps)
+    return scale(capture, use, x_hat, weight)
+
+
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {F.layer_norm: _layer_norm, F.rms_norm: _rms_norm}

@@ -1,0 +1,120 @@
+"""Adding up: what all uses of a parameter contribute is summed per sample, then squared, then added to its Fisher."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+import torch
+from torch import Tensor
+
+from sparseft.fisher import contribution
+from sparseft.fisher.capture import Use
+from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
+
+_FORM: dict[str, type[Contribution]] = {"linear": Outer, "embedding": Lookup}
+
+
+def form(use: Use) -> type[Contribution]:
+    """Return the form of what a use contributes."""
+    return _FORM.get(use.rule, Vector)
+
+
+def mixed(uses: Collection[Use]) -> dict[str, str]:
+    """Return the parameters whose uses cannot be added up, with the reason: all forms but linear with embedding."""
+    forms: dict[str, set[type[Contribution]]] = {}
+    rules: dict[str, set[str]] = {}
+    for use in uses:
+        forms.setdefault(use.name, set()).add(form(use))
+        rules.setdefault(use.name, set()).add(use.rule)
+    return {
+        name: f"used as {' and as '.join(sorted(rules[name]))}"
+        for name, used in forms.items()
+        if len(used) > 1 and Vector in used
+    }
+
+
+class Tally:
+    """Receives the contributions of one backward pass and adds them to `fisher`.
+
+    A parameter used once is added at once and nothing is kept. One used several times waits for its last use; a
+    linear use that shares its parameter with an embedding (a tied head) leaves only the rows that are looked up.
+    """
+
+    def __init__(self, fisher: Mapping[str, Tensor], uses: list[Use], ignored: Collection[str]) -> None:
+        self._fisher = fisher
+        self._uses: dict[str, list[Use]] = {}
+        for use in uses:
+            if use.name not in ignored:
+                self._uses.setdefault(use.name, []).append(use)
+        self._waiting: dict[str, _Waiting] = {}
+
+    def __call__(self, use: Use, part: Contribution) -> None:
+        """Take one contribution."""
+        if use.name not in self._uses:
+            return
+        if use.name not in self._waiting:
+            self._waiting[use.name] = _Waiting(self._fisher[use.name], self._uses[use.name])
+        waiting = self._waiting[use.name]
+        waiting.take(use, part)
+        if waiting.complete():
+            self._waiting.pop(use.name).close()
+
+    def finish(self) -> None:
+        """Add what still waits for uses that backward did not reach: their gradient is zero."""
+        for waiting in self._waiting.values():
+            waiting.close()
+        self._waiting.clear()
+
+
+class _Waiting:
+    """What has arrived of one parameter in this backward pass."""
+
+    def __init__(self, fisher: Tensor, uses: list[Use]) -> None:
+        self._fisher = fisher
+        self._uses = uses
+        self._arrived = 0
+        self._outers: list[Outer] = []
+        self._outers_to_come = sum(form(use) is Outer for use in uses)
+        self._lookups: dict[Use, Lookup] = {}
+        self._rows: Tensor | None = None
+        self._vector: Tensor | None = None
+
+    def take(self, use: Use, part: Contribution) -> None:
+        self._arrived += 1
+        if isinstance(part, Outer):
+            self._outers.append(part)
+            self._outers_to_come -= 1
+            if not self._outers_to_come:
+                self._close_outers()
+        elif isinstance(part, Lookup):
+            self._lookups[use] = part
+        else:
+            grad = part.grad.to(self._fisher.device)
+            self._vector = grad if self._vector is None else self._vector + grad
+
+    def complete(self) -> bool:
+        return self._arrived == len(self._uses)
+
+    def close(self) -> None:
+        if self._outers:
+            self._close_outers()
+        if self._lookups:
+            contribution.add_lookups_(self._fisher, self._all_lookups(), self._rows)
+        if self._vector is not None:
+            contribution.add_vectors_(self._fisher, self._vector)
+
+    def _close_outers(self) -> None:
+        ids = [use.ids for use in self._uses if use.ids is not None]
+        if ids:
+            self._rows = contribution.outer_rows(self._outers, torch.cat(ids, 1))
+        contribution.add_outers_(self._fisher, self._outers)
+        self._outers = []
+
+    def _all_lookups(self) -> list[Lookup]:
+        # in the order of the uses, which is the order of `rows`; zero where backward did not come by
+        zero = next(iter(self._lookups.values())).dy.new_zeros(1, 1, 1)
+        return [
+            self._lookups.get(use) or Lookup(use.ids, zero.expand(*use.ids.shape, self._fisher.shape[1]))
+            for use in self._uses
+            if use.ids is not None
+        ]

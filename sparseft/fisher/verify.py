@@ -1,0 +1,58 @@
+"""Trust, checked: the captured pass against the loop of single samples, on a few samples of the caller's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from sparseft.fisher.batches import Batch, limited
+from sparseft.fisher.engine import estimate_fisher
+from sparseft.fisher.loop import batch_one_fisher
+
+
+def verify(
+    model: nn.Module,
+    data: Iterable[Batch],
+    *,
+    samples: int = 3,
+    tolerance: float = 1e-4,
+    **options: Any,
+) -> dict[str, float]:
+    """Compare `estimate_fisher` with the loop of single samples, parameter by parameter, on a few samples.
+
+    Worth its minute for a model of a new kind. The error of a parameter is its largest difference, relative to its own
+    largest score or to 1e-12 of the largest score of the model, whichever is more: some gradients (a key's bias) are
+    zero but for rounding.
+
+    Args:
+        model: that of `estimate_fisher`.
+        data: that of `estimate_fisher`.
+        samples: how many samples to compare.
+        tolerance: the largest error allowed.
+        options: the other arguments of `estimate_fisher`.
+
+    Returns:
+        Parameter name -> error.
+
+    Raises:
+        RuntimeError: an error is above the tolerance; the message names the parameters.
+    """
+    batches = [batch for batch, _ in limited(data, samples)]
+    fused = estimate_fisher(model, batches, samples=samples, progress=False, **options)
+    plain = batch_one_fisher(model, batches, samples=samples, **options)
+    floor = 1e-12 * max(float(scores.max()) for scores in plain.values())
+    errors = {
+        name: float((fused[name] - scores).abs().max()) / max(float(scores.max()), floor, 1e-38)
+        for name, scores in plain.items()
+    }
+    wrong = {name: error for name, error in errors.items() if not error <= tolerance}
+    if wrong:
+        worst = sorted(wrong, key=lambda name: -wrong[name])
+        listed = ", ".join(f"{name} ({wrong[name]:.1e}, {fused.report.rules[name]})" for name in worst[:10])
+        raise RuntimeError(
+            f"{len(wrong)} of {len(errors)} parameters differ from the loop of single samples by more than "
+            f"{tolerance:.1e}: {listed}; leave them out with `names`, or use `batch_one_fisher`"
+        )
+    return errors

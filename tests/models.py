@@ -1,0 +1,110 @@
+"""Tiny random models of the architectures the library is for, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import transformers as tf
+from torch import Tensor, nn
+
+VOCABULARY, CLASSES = 61, 3
+_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def _bert(**options: object) -> nn.Module:
+    return tf.BertForSequenceClassification(
+        tf.BertConfig(**_SMALL, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=CLASSES, **options)
+    )
+
+
+def _bert_masked() -> nn.Module:
+    return tf.BertForMaskedLM(tf.BertConfig(**_SMALL, vocab_size=VOCABULARY, max_position_embeddings=64))
+
+
+def _bert_tokens() -> nn.Module:
+    config = tf.BertConfig(**_SMALL, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=CLASSES)
+    return tf.BertForTokenClassification(config)
+
+
+def _roberta() -> nn.Module:
+    # padding id 1, positions counted from the padding id
+    return tf.RobertaForSequenceClassification(
+        tf.RobertaConfig(
+            **_SMALL, vocab_size=VOCABULARY, max_position_embeddings=66, type_vocab_size=1, num_labels=CLASSES
+        )
+    )
+
+
+def _gpt2_config(**options: object) -> tf.GPT2Config:
+    return tf.GPT2Config(
+        n_embd=32, n_layer=2, n_head=4, n_positions=64, vocab_size=VOCABULARY, pad_token_id=0, **options
+    )
+
+
+def _llama_config(**options: object) -> tf.LlamaConfig:
+    return tf.LlamaConfig(
+        **_SMALL, num_key_value_heads=2, vocab_size=VOCABULARY, max_position_embeddings=64, pad_token_id=0, **options
+    )
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "bert": _bert,
+    "bert regression": lambda: tf.BertForSequenceClassification(
+        tf.BertConfig(**_SMALL, vocab_size=VOCABULARY, max_position_embeddings=64, num_labels=1)
+    ),
+    "bert multilabel": lambda: _bert(problem_type="multi_label_classification"),
+    "bert masked": _bert_masked,
+    "bert tokens": _bert_tokens,
+    "roberta": _roberta,
+    "gpt2": lambda: tf.GPT2LMHeadModel(_gpt2_config()),
+    "gpt2 classification": lambda: tf.GPT2ForSequenceClassification(_gpt2_config(num_labels=CLASSES)),
+    "llama": lambda: tf.LlamaForCausalLM(_llama_config(tie_word_embeddings=False)),
+    "llama tied": lambda: tf.LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
+    "llama classification": lambda: tf.LlamaForSequenceClassification(_llama_config(num_labels=CLASSES)),
+}
+TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "llama", "llama tied")
+
+
+def make(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Build a model with weights far from their initial ones: unit norms and zero biases hide mistakes."""
+    torch.manual_seed(0)
+    model = MODELS[name]()
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model.to(device, dtype).train()
+
+
+def batch(name: str, samples: int = 5, length: int = 9, left: bool = False, seed: int = 1) -> dict[str, Tensor]:
+    """Make a ragged batch: padding, tokens repeated within and across samples, some token labels ignored."""
+    generator = torch.Generator().manual_seed(seed)
+    pad = 1 if name == "roberta" else 0
+    # few distinct tokens, so that they repeat; one sample is as long as it may be
+    ids = torch.randint(2, 20, (samples, length), generator=generator)
+    lengths = torch.randint(3, length + 1, (samples,), generator=generator)
+    lengths[0] = length
+    kept = torch.arange(length) < lengths[:, None]
+    mask = kept.flip(1) if left else kept
+    ids = ids.masked_fill(~mask, pad)
+    made = {"input_ids": ids, "attention_mask": mask.long()}
+    if name.startswith("bert"):
+        made["token_type_ids"] = (torch.arange(length) >= 4).long().expand(samples, length) * mask
+    made["labels"] = _labels(name, ids, mask, generator)
+    return made
+
+
+def _labels(name: str, ids: Tensor, mask: Tensor, generator: torch.Generator) -> Tensor:
+    samples = len(ids)
+    if name == "bert regression":
+        return torch.randn(samples, generator=generator)
+    if name == "bert multilabel":
+        return torch.randint(0, 2, (samples, CLASSES), generator=generator).float()
+    if name not in TOKEN_LEVEL:
+        return torch.randint(0, CLASSES, (samples,), generator=generator)
+    if name == "bert tokens":
+        labels = torch.randint(0, CLASSES, ids.shape, generator=generator)
+    else:
+        labels = ids.clone()
+    ignored = torch.rand(ids.shape, generator=generator) < 0.2
+    return labels.masked_fill(~mask | ignored, -100)
