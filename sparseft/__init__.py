@@ -9,17 +9,23 @@ sparseft.save_delta(model, mask, "delta.safetensors")
 import importlib.metadata
 
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
+from sparseft.fisher import FisherScores, estimate_fisher
 from sparseft.mask import Mask
 from sparseft.optim import SparseAdamW, SparseSGD
+from sparseft.selection import select, top_k
 
 __version__ = importlib.metadata.version("sparseft")
 
 __all__ = [
     "AppliedDelta",
     "Delta",
+    "FisherScores",
     "Mask",
     "SparseAdamW",
     "SparseSGD",
+    "estimate_fisher",
     "load_delta",
     "save_delta",
+    "select",
+    "top_k",
 ]

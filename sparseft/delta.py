@@ -86,7 +86,7 @@ class Delta:
         Raises:
             ValueError: names, shapes, dtypes or base weights differ; nothing was changed.
         """
-        self.mask.check(model, weights=check_weights)
+        self.mask.check(model)
         parameters = dict(model.named_parameters())
         stored = {**self.values, **self.dense}
         other = [name for name, value in stored.items() if value.dtype != parameters[name].dtype]
@@ -96,6 +96,8 @@ class Delta:
                 f"{name} is {parameters[name].dtype} in the model and {stored[name].dtype} in the delta; load the "
                 "model in the dtype it was trained in"
             )
+        if check_weights:
+            self.mask.check(model, weights=True)
         return AppliedDelta(self, parameters)
 
 

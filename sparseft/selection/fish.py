@@ -38,4 +38,5 @@ def score(
         seed=seed,
         progress=progress,
     )
-    return scores, {}
+    report = scores.report
+    return scores, {"samples": report.samples, "last_position": report.positions[-1], "dropped": report.dropped}

@@ -1,0 +1,106 @@
+"""Each method selects what its definition says, computed here by other means."""
+
+import pytest
+import torch
+
+import sparseft
+from sparseft.selection import METHODS
+
+
+def classifier():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(20, 30), torch.nn.Tanh(), torch.nn.Dropout(0.5), torch.nn.Linear(30, 4))
+
+
+def batches(sizes=(8, 8, 5)):
+    generator = torch.Generator().manual_seed(0)
+    return [(torch.randn(n, 20, generator=generator), torch.randint(0, 4, (n,), generator=generator)) for n in sizes]
+
+
+def per_sample_gradients(model, data):
+    """Return the gradients of single samples, flattened over all parameters: [N, P]."""
+    model.eval()
+    rows = []
+    for inputs, targets in data:
+        for x, y in zip(inputs, targets, strict=True):
+            loss = torch.nn.functional.cross_entropy(model(x[None]), y[None])
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            rows.append(torch.cat([grad.flatten() for grad in grads]))
+    return torch.stack(rows)
+
+
+def chosen(mask, model):
+    """Return which of all entries a mask holds: bool [P]."""
+    parts = []
+    for name, parameter in model.named_parameters():
+        part = torch.zeros(parameter.numel(), dtype=torch.bool)
+        if name in mask:
+            part[mask[name].long()] = True
+        parts.append(part)
+    return torch.cat(parts)
+
+
+def test_fish_takes_the_largest_mean_squared_per_sample_gradients():
+    model, data = classifier(), batches()
+    mask = sparseft.select("fish", model, data, k=50, samples=13)
+    scores = per_sample_gradients(classifier(), data)[:13].square().mean(0)
+    assert torch.equal(chosen(mask, model), scores >= scores.sort().values[-50])
+    assert mask.info["samples"] == 13
+    assert mask.info["options"] == {"samples": 13}
+
+
+def test_sift_takes_the_largest_gradients_of_the_first_batches():
+    model, data = classifier(), batches()
+    mask = sparseft.select("sift", model, data, k=50, batches=2, scope="global")
+    scores = per_sample_gradients(classifier(), data[:2]).mean(0).abs()
+    assert torch.equal(chosen(mask, model), scores >= scores.sort().values[-50])
+
+
+def test_sift_ranks_each_tensor_by_itself_unless_told_otherwise():
+    model = classifier()
+    mask = sparseft.select("sift", model, batches(), density=0.1)
+    assert {name: index.numel() for name, index in mask.items()} == {
+        "0.weight": 60, "0.bias": 3, "3.weight": 12, "3.bias": 1
+    }  # fmt: skip
+
+
+def test_random_depends_on_the_seed_alone():
+    first, again, other = (sparseft.select("random", classifier(), density=0.1, seed=seed) for seed in (1, 1, 2))
+    assert first == again
+    assert first != other
+    assert abs(first.overlap(other) - 0.1) < 0.1
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_method_leaves_the_model_as_it_was(name):
+    model = classifier()
+    model[0].weight.grad = torch.ones_like(model[0].weight)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    model[3].bias.requires_grad_(False)
+    sparseft.select(name, model, batches(), density=0.1)
+    assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
+    assert model.training
+    assert not model[3].bias.requires_grad
+    assert torch.equal(model[0].weight.grad, torch.ones_like(model[0].weight))
+    assert model[0].bias.grad is None
+
+
+@pytest.mark.parametrize("name", ["fish", "sift"])
+def test_data_that_cannot_choose_is_refused(name):
+    model = classifier()
+    with pytest.raises(ValueError, match="at least one"):
+        sparseft.select(name, model, [], density=0.1)
+    with pytest.raises(ValueError, match="labels"):
+        sparseft.select(name, model, [(torch.randn(3, 20),)], density=0.1)
+    with torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    with pytest.raises((ValueError, RuntimeError), match="finite"):
+        sparseft.select(name, model, batches(), density=0.1)
+
+
+def test_samples_that_are_not_finite_are_left_out_and_counted():
+    data = batches()
+    data[0][0][3, 0] = float("inf")
+    mask = sparseft.select("fish", classifier(), data, k=50)
+    assert mask.info["dropped"] == [3]
+    assert mask.info["samples"] == 20
