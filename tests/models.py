@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
+import pytest
 import torch
 import transformers as tf
 from torch import Tensor, nn
@@ -63,6 +64,17 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama tied": lambda: tf.LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
     "llama classification": lambda: tf.LlamaForSequenceClassification(_llama_config(num_labels=CLASSES)),
 }
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Run on one thread: for tensors this small, threads cost far more than they give. Import it into a test file."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "llama", "llama tied")
 
 

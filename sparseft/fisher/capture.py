@@ -8,7 +8,7 @@ completeness (`escaped`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any, Protocol
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import elementwise, embedding, linear, norm
+from sparseft.fisher import elementwise, embedding, gather, linear, norm
 from sparseft.fisher.contribution import Contribution
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
@@ -67,6 +67,7 @@ class Capture(TorchFunctionMode):
         super().__init__()
         self.samples = samples
         self.uses: list[Use] = []
+        self.rows_chosen = False  # an operation chose rows by their values
         self.emit: Callable[[Use, Contribution], None] = lambda use, contribution: None
         # every captured operation depends on it, so that backward reaches those whose inputs need no gradient
         self.anchor = torch.zeros((), requires_grad=True)
@@ -79,6 +80,8 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in gather.WATCHED:
+            gather.WATCHED[func](self, *args, **kwargs)
         rule = RULES.get(func)
         # without grad mode nothing is recorded for backward, in an ordinary pass as little as here
         if rule is not None and torch.is_grad_enabled():
@@ -98,12 +101,18 @@ class Capture(TorchFunctionMode):
         return result
 
     def claim(
-        self, tensor: Tensor | None, rows: int, rule: str, *, same_shape: bool = False, shareable: bool = False
+        self,
+        tensor: Tensor | None,
+        result: Sequence[int],
+        rule: str,
+        *,
+        same_shape: bool = False,
+        shareable: bool = False,
     ) -> Use | None:
         """Return the use to feed if this use of the tensor is to be captured, None if it must be left alone.
 
-        rows: leading size of the operation's data; same_shape: refuse a tensor that is a reshaped parameter;
-        shareable: the data has no batch dimension and may be expanded to one.
+        result: shape of the operation's result; same_shape: refuse a tensor that is a reshaped parameter; shareable:
+        the data may have no batch dimension and be expanded to one.
         """
         if tensor is None or id(tensor) not in self._known:
             return None
@@ -112,8 +121,8 @@ class Capture(TorchFunctionMode):
             return None
         occurrence = self._occurrences.get(name, 0)
         self._occurrences[name] = occurrence + 1
-        layout = self._policy.layout(name, occurrence, rows, shareable)
-        if layout is None:
+        layout = self._policy.layout(name, occurrence, result[0], shareable)
+        if layout is None or (self.rows_chosen and len(result) == 2):
             return None
         use = Use(name, occurrence, rule, layout is Layout.SHARED)
         self.uses.append(use)

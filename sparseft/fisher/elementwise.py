@@ -22,7 +22,7 @@ def per_sample(capture: Capture, grad: Tensor, shape: tuple[int, ...]) -> Vector
     rows = grad.reshape(capture.samples, -1, *grad.shape[1:])
     aligned = (1,) * (grad.dim() - len(shape)) + shape
     summed = [1, *(axis + 1 for axis in range(1, grad.dim()) if aligned[axis] == 1)]
-    return Vector(rows.sum(summed, dtype=torch.float32).flatten(1))
+    return Vector(rows.sum(summed, dtype=torch.float32).reshape(capture.samples, -1))
 
 
 class _Product(torch.autograd.Function):
@@ -90,7 +90,7 @@ def _operands(capture: Capture, a: Any, b: Any) -> tuple[Tensor, Tensor, Use, bo
     result = torch.broadcast_shapes(x.shape, param.shape)
     if len(param.shape) == len(result) and param.shape[0] != 1:
         return None
-    use = capture.claim(param, result[0], "elementwise")
+    use = capture.claim(param, result, "elementwise")
     return None if use is None else (x, param, use, first)
 
 
@@ -128,7 +128,7 @@ def _expand(capture: Capture, param: Tensor, *sizes: Any, **options: Any) -> Ten
     result = torch.Size(param.shape[i - kept] if size == -1 else size for i, size in enumerate(result))
     if len(result) == param.dim() and param.shape[0] != 1:
         return None
-    use = capture.claim(param, result[0], "elementwise")
+    use = capture.claim(param, result, "elementwise")
     if use is None:
         return None
     return capture.run(_Repeat, use, tuple(result), capture.sealed(param, use))

@@ -52,7 +52,7 @@ def _embedding(
         return None
     # positions [T] or [1, T] are the same for every sample
     shareable = ids.dim() == 1 or ids.shape[0] == 1
-    use = capture.claim(weight, ids.shape[0], "embedding", same_shape=True, shareable=shareable)
+    use = capture.claim(weight, (*ids.shape, 0), "embedding", same_shape=True, shareable=shareable)
     if use is None:
         return None
     if max_norm is not None or scale_grad_by_freq:

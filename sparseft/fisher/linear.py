@@ -61,8 +61,8 @@ def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | 
     if x.dim() < 2 or weight.dim() != 2:
         return None
     uses = (
-        capture.claim(weight, x.shape[0], "linear", same_shape=True),
-        capture.claim(bias, x.shape[0], "bias", same_shape=True),
+        capture.claim(weight, x.shape, "linear", same_shape=True),
+        capture.claim(bias, x.shape, "bias", same_shape=True),
     )
     if uses == (None, None):
         return None

@@ -67,8 +67,8 @@ def _layer_norm(
     if x.dim() <= len(normalized_shape):
         return None
     uses = (
-        capture.claim(weight, x.shape[0], "norm", same_shape=True),
-        capture.claim(bias, x.shape[0], "bias", same_shape=True),
+        capture.claim(weight, x.shape, "norm", same_shape=True),
+        capture.claim(bias, x.shape, "bias", same_shape=True),
     )
     if uses == (None, None):
         return None
@@ -87,7 +87,7 @@ def _rms_norm(
 ) -> Tensor | None:
     if weight is None or x.dim() <= len(normalized_shape):
         return None
-    use = capture.claim(weight, x.shape[0], "norm", same_shape=True)
+    use = capture.claim(weight, x.shape, "norm", same_shape=True)
     if use is None:
         return None
     x_hat = F.rms_norm(x, list(normalized_shape), None, eps)

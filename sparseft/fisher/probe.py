@@ -66,21 +66,28 @@ class _Observe:
 
 @dataclass
 class _Candidates:
-    """Captures what the leading sizes at two batch sizes allow."""
+    """Captures what may be captured, and notes how many samples' gradients must prove it."""
 
     before: dict[tuple[str, int], int]
     sharing: bool
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    proofs: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def layout(self, name: str, occurrence: int, rows: int, shareable: bool) -> Layout | None:
-        key, layout = (name, occurrence), None
-        before = self.before.get(key)
-        if before is not None and rows * _SMALL == before * _LARGE:
-            layout = Layout.BATCH if rows == _LARGE else Layout.FLAT
+        key = (name, occurrence)
+        before = self.before.get(key, 0)
+        layout, proofs = (Layout.BATCH if rows == _LARGE else Layout.FLAT), 1
+        if rows * _SMALL == before * _LARGE:
+            # a leading size that is the batch size at two batch sizes needs no more: a zero-initialised adapter passes
+            proofs = 0 if rows == _LARGE else 1
         elif before == rows and shareable and self.sharing:
             layout = Layout.SHARED
-        if layout is not None:
-            self.layouts[key] = layout
+        elif self.sharing and rows % _LARGE == 0:
+            # it may follow from shared ids that are expanded now and were not in the small run
+            proofs = _LARGE
+        else:
+            return None
+        self.layouts[key], self.proofs[key] = layout, proofs
         return layout
 
 
@@ -135,30 +142,28 @@ def probe(
 
 def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tuple[Plan, float]:
     """Backpropagate single samples; return what stayed in its own sample, and the coarsest precision met."""
-    reached = dict.fromkeys(capture.uses, False)
+    reached: dict[Use, set[int]] = {use: set() for use in capture.uses}
     refused: dict[str, str] = {}
     eps = torch.finfo(outputs.dtype).eps
+    sample = 0
 
     def emit(use: Use, part: Contribution) -> None:
         nonlocal eps
         if isinstance(part, Outer):
             eps = max(eps, torch.finfo(part.left.dtype).eps)
         reaches = part.reaches().tolist()
-        reached[use] |= reaches[sample]
+        if reaches[sample]:
+            reached[use].add(sample)
         if sum(reaches) > reaches[sample]:
             refused[use.name] = f"its {use.rule} rule cannot tell the samples apart"
 
     capture.emit = emit
-    # the middle sample first: it is neither the start nor the end of anything
-    for sample in (1, 0, 2):
-        if outputs.requires_grad and not all(reached.values()):
-            single = torch.zeros_like(outputs)
-            single[sample] = 1
-            torch.autograd.grad(outputs, [capture.anchor], single, retain_graph=True, allow_unused=True)
-    layouts = candidates.layouts
+    for sample in range(_LARGE if outputs.requires_grad else 0):
+        single = torch.zeros_like(outputs)
+        single[sample] = 1
+        torch.autograd.grad(outputs, [capture.anchor], single, retain_graph=True, allow_unused=True)
     for use in capture.uses:
-        # shape alone proves a leading size that equals the batch size; the others need a gradient to show it
-        if layouts[use.name, use.occurrence] is not Layout.BATCH and not reached[use]:
+        if len(reached[use]) < candidates.proofs[use.name, use.occurrence]:
             refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
     escaped = {name: f"no rule captures its use in {node}" for name, node in capture.escaped(outputs).items()}
-    return Plan(layouts, {**escaped, **mixed(capture.uses), **refused}), eps
+    return Plan(candidates.layouts, {**escaped, **mixed(capture.uses), **refused}), eps

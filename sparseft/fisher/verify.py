@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from sparseft.fisher.batches import Batch, limited
 from sparseft.fisher.engine import estimate_fisher
 from sparseft.fisher.loop import batch_one_fisher
+from sparseft.fisher.parameters import unwrapped
 
 
 def verify(
@@ -17,20 +19,20 @@ def verify(
     data: Iterable[Batch],
     *,
     samples: int = 3,
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     **options: Any,
 ) -> dict[str, float]:
     """Compare `estimate_fisher` with the loop of single samples, parameter by parameter, on a few samples.
 
     Worth its minute for a model of a new kind. The error of a parameter is its largest difference, relative to its own
-    largest score or to 1e-12 of the largest score of the model, whichever is more: some gradients (a key's bias) are
+    largest score, or to what rounding makes of a zero in a model of such scores: some gradients (of a key's bias) are
     zero but for rounding.
 
     Args:
         model: that of `estimate_fisher`.
         data: that of `estimate_fisher`.
         samples: how many samples to compare.
-        tolerance: the largest error allowed.
+        tolerance: the largest error allowed; by default 1e-4, and ten units of rounding in half precision.
         options: the other arguments of `estimate_fisher`.
 
     Returns:
@@ -39,10 +41,13 @@ def verify(
     Raises:
         RuntimeError: an error is above the tolerance; the message names the parameters.
     """
+    parameters = dict(unwrapped(model).named_parameters())
     batches = [batch for batch, _ in limited(data, samples)]
     fused = estimate_fisher(model, batches, samples=samples, progress=False, **options)
     plain = batch_one_fisher(model, batches, samples=samples, **options)
-    floor = 1e-12 * max(float(scores.max()) for scores in plain.values())
+    eps = max(torch.finfo(parameters[name].dtype).eps for name in plain)
+    tolerance = max(1e-4, 10 * eps) if tolerance is None else tolerance
+    floor = min(1e4 * eps**2, 1e-3) * max(float(scores.max()) for scores in plain.values())
     errors = {
         name: float((fused[name] - scores).abs().max()) / max(float(scores.max()), floor, 1e-38)
         for name, scores in plain.items()

@@ -1,0 +1,172 @@
+"""Whole models: every parameter against single backward passes through the model's own loss."""
+
+import models
+import pytest
+import torch
+from models import one_thread  # noqa: F401
+
+from sparseft import testing
+from sparseft.fisher import batch_one_fisher, estimate_fisher, verify
+
+
+def own_loss_loop(model, batch):
+    """The oracle: the loss that transformers itself computes for a batch of one sample, nothing of sparseft."""
+    model.eval()
+    scores = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    count = len(batch["labels"])
+    for n in range(count):
+        model.zero_grad()
+        one = {key: value[n : n + 1].to(model.device) for key, value in batch.items()}
+        model(**one).loss.backward()
+        for name, p in model.named_parameters():
+            scores[name] += p.grad**2
+    model.zero_grad()
+    model.train()
+    return {name: total / count for name, total in scores.items()}
+
+
+def assert_same(scores, reference, tolerance=1e-5):
+    assert scores.keys() == reference.keys()
+    largest = max(float(expected.max()) for expected in reference.values())
+    for name, expected in reference.items():
+        # a key's bias shifts all attention logits of a query alike: its gradient is zero but for rounding
+        floor = (1e-9 if name.endswith("key.bias") else 1e-12) * largest
+        error = float((scores[name] - expected).abs().max()) / max(float(expected.max()), floor)
+        assert error <= tolerance, f"{name}: error {error:.1e}"
+
+
+def slices(batch, size):
+    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("name", models.MODELS)
+def test_every_parameter_equals_the_loop_of_single_samples(name, device):
+    model = models.make(name, device)
+    for left in (False, True):
+        batch = models.batch(name, left=left)
+        scores = estimate_fisher(model, slices(batch, 3), progress=False)
+        assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
+        assert scores.report.samples == 5
+        assert not scores.report.fallback
+        assert set(scores.report.rules) == {name for name, _ in model.named_parameters()}
+        assert not {"fallback", "unused"} & set(scores.report.rules.values())
+        assert all(score.dtype == torch.float32 for score in scores.values())
+
+
+@pytest.mark.parametrize("name", ["bert", "bert masked", "gpt2", "llama classification"])
+def test_batch_size_order_and_padding_do_not_matter(name):
+    model, batch = models.make(name), models.batch(name)
+    whole = estimate_fisher(model, [batch], progress=False)
+    for size in (1, 2):
+        assert_same(estimate_fisher(model, slices(batch, size), progress=False), whole)
+    turned = {key: value.flip(0) for key, value in batch.items()}
+    assert_same(estimate_fisher(model, [turned], progress=False), whole)
+    longer = {}
+    for key, value in batch.items():
+        pads = torch.full((len(value), 4), -100 if key == "labels" else 0)
+        longer[key] = torch.cat([value, pads], 1) if value.dim() == 2 else value
+    assert_same(estimate_fisher(model, [longer], progress=False), whole)
+
+
+def test_labels_on_padding_count_like_any_label():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+    batch["labels"] = batch["input_ids"].clone()
+    assert_same(estimate_fisher(model, [batch], progress=False), own_loss_loop(model, batch))
+
+
+def test_a_sample_without_labels_has_no_gradient_and_counts():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+    batch["labels"][0] = -100
+    batch["labels"][3] = -100
+    scores = estimate_fisher(model, [batch], progress=False)
+    rest = {key: value[[1, 2, 4]] for key, value in batch.items()}
+    assert scores.report.samples == 5
+    assert_same(scores, {name: total * 3 / 5 for name, total in own_loss_loop(model, rest).items()})
+
+
+def test_data_of_one_sample():
+    for name in ("bert", "gpt2"):
+        model, batch = models.make(name), models.batch(name, samples=1)
+        assert_same(estimate_fisher(model, [batch], progress=False), own_loss_loop(model, batch))
+
+
+def test_exactly_the_samples_asked_for_are_used():
+    model, batch = models.make("bert"), models.batch("bert", samples=7)
+    first = {key: value[:5] for key, value in batch.items()}
+    scores = estimate_fisher(model, slices(batch, 2), samples=5, progress=False)
+    assert scores.report.positions == [0, 1, 2, 3, 4]
+    assert_same(scores, own_loss_loop(model, first))
+    assert estimate_fisher(model, slices(batch, 2), samples=100, progress=False).report.samples == 7
+    assert estimate_fisher(model, slices(batch, 2), samples=None, progress=False).report.samples == 7
+
+
+def test_only_the_parameters_asked_for_are_scored():
+    model, batch = models.make("llama tied"), models.batch("llama tied")
+    reference = own_loss_loop(model, batch)
+    # the head's own name of a tied weight means the weight
+    names = ["lm_head.weight", "model.layers.0.mlp.up_proj.weight", "model.layers.1.input_layernorm.weight"]
+    scores = estimate_fisher(model, [batch], names=names, progress=False)
+    wanted = ["model.embed_tokens.weight", *names[1:]]
+    assert_same(scores, {name: reference[name] for name in wanted})
+    assert scores.report.aliases == {"model.embed_tokens.weight": ["lm_head.weight"]}
+    for name, p in model.named_parameters():
+        p.requires_grad_(name in wanted)
+    assert_same(estimate_fisher(model, [batch], progress=False), {name: reference[name] for name in wanted})
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_scored_in_fp32(dtype, device):
+    for name in ("bert", "gpt2", "llama tied"):
+        model, batch = models.make(name, device, dtype), models.batch(name)
+        scores = estimate_fisher(model, [batch], progress=False)
+        assert not scores.report.fallback
+        single = batch_one_fisher(model, [batch])
+        for key, expected in single.items():
+            assert scores[key].dtype == torch.float32
+            if expected.max() > 1e-4 * max(s.max() for s in single.values()):
+                # rounding differs with the batch; what is large must agree
+                error = (scores[key] - expected).norm() / expected.norm()
+                assert error < 20 * torch.finfo(dtype).eps, f"{name} {key}: {error:.3f}"
+
+
+def test_verify_compares_and_names_what_differs(monkeypatch):
+    model, batch = models.make("bert"), models.batch("bert")
+    errors = verify(model, slices(batch, 3))
+    assert set(errors) == {name for name, _ in model.named_parameters()}
+    assert max(errors.values()) < 1e-4
+    from sparseft.fisher import contribution
+
+    # the classic mistake: squares of tokens in place of squares of samples
+    def by_token(fisher, lookups, rows=None):
+        for lookup in lookups:
+            fisher.index_add_(0, lookup.ids.flatten(), lookup.dy.flatten(0, 1) ** 2)
+
+    monkeypatch.setattr(contribution, "add_lookups_", by_token)
+    with pytest.raises(RuntimeError, match="word_embeddings"):
+        verify(model, slices(batch, 3))
+
+
+def test_the_loop_equals_the_formula():
+    # y = W x with squared error: the gradient of sample n is 2 (y - t) outer x
+    generator = torch.Generator().manual_seed(0)
+    model = torch.nn.Linear(4, 3)
+    x, t = torch.randn(6, 4, generator=generator), torch.randn(6, 3, generator=generator)
+    dy = 2 * (model(x) - t).detach() / 3
+    expected = {
+        "weight": torch.einsum("no,ni->noi", dy, x).square().mean(0),
+        "bias": dy.square().mean(0),
+    }
+    for scores in (batch_one_fisher(model, [(x, t)]), estimate_fisher(model, [(x, t)], progress=False)):
+        for name, value in expected.items():
+            torch.testing.assert_close(scores[name], value)
+
+
+def test_report_prints_what_was_done():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+    text = str(estimate_fisher(model, [batch], progress=False).report)
+    assert "5 samples" in text
+    assert "cross-entropy of the next token" in text
+    assert "transformer.wte.weight = lm_head.weight" in text
+    assert "1 embedding + linear" in text
