@@ -78,8 +78,8 @@ inline void check_numel(const Argument& argument, const Tensor& tensor, int64_t 
 }
 
 inline void check_contiguous(const Argument& argument, const Tensor& tensor) {
-    check(tensor.is_contiguous(), argument, " must be contiguous, since it is written in place; got strides that are ",
-          "not; keep parameters and state in C order");
+    check(tensor.is_contiguous(), argument,
+          " must be contiguous, got gaps or another order; call .contiguous() first");
 }
 
 inline void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like) {

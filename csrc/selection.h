@@ -1,7 +1,9 @@
 // Which entries of a tensor an op works on, as plain pointers that CPU loops and CUDA kernels both understand.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
+#include <functional>
 
 #include "checks.h"
 
@@ -18,10 +20,17 @@ struct Selection {
 };
 
 template <class Index>
-bool ascending_below(const Index* indices, int64_t k, int64_t numel) {
+void check_indices(const Argument& argument, const Argument& tensor, const Index* indices, int64_t k, int64_t numel) {
     bool ascending = true;
     for (int64_t i = 1; i < k; ++i) ascending &= indices[i - 1] < indices[i];
-    return ascending && indices[0] >= 0 && indices[k - 1] < numel;
+    if (!ascending) {
+        const Index* second = std::adjacent_find(indices, indices + k, std::greater_equal<Index>()) + 1;
+        fail(argument, " must be sorted and unique, got ", *second, " after ", second[-1], " at ", second - indices,
+             "; sort it and drop repeated entries");
+    }
+    check(indices[0] >= 0 && indices[k - 1] < numel, argument, " must be from 0 to ", numel - 1, ", inside ",
+          tensor.name, '[', tensor.position, "], got ", indices[0], " to ", indices[k - 1],
+          "; use a mask made for this model");
 }
 
 // Build the Selection of a tensor from its entry in an op's list `indices`. Kernels on the CPU rely on the check of
@@ -34,11 +43,11 @@ inline Selection select(const Argument& tensor_argument, const Tensor& tensor, c
     const bool wide = indices.scalar_type() == ScalarType::Long;
     const auto element_size = static_cast<int8_t>(tensor.element_size());
     const Selection at{tensor.data_ptr(), indices.data_ptr(), tensor.numel(), indices.numel(), element_size, wide};
-    if (at.k > 0 && tensor.is_cpu()) {
-        const bool good = wide ? ascending_below(static_cast<const int64_t*>(at.indices), at.k, at.numel)
-                               : ascending_below(static_cast<const int32_t*>(at.indices), at.k, at.numel);
-        check(good, argument, " must be sorted, unique and from 0 to below ", at.numel, ", the elements of ",
-              tensor_argument, ", got something else; was the mask made for another model?");
+    if (at.k == 0 || tensor.is_cuda()) return at;
+    if (wide) {
+        check_indices(argument, tensor_argument, static_cast<const int64_t*>(at.indices), at.k, at.numel);
+    } else {
+        check_indices(argument, tensor_argument, static_cast<const int32_t*>(at.indices), at.k, at.numel);
     }
     return at;
 }

@@ -1,6 +1,7 @@
 // Moves selected entries between a tensor and a compact block, as bytes: no dtype is interpreted, so none is changed.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
@@ -11,59 +12,99 @@
 
 namespace sparseft {
 
-template <int kSize, class Index, class Body>
-void for_each_entry(const Selection& at, int64_t begin, int64_t end, const Body& body) {
-    char* data = static_cast<char*>(at.data);
-    const Index* indices = static_cast<const Index*>(at.indices);
-    constexpr std::integral_constant<int, kSize> size;
-    for (int64_t i = begin; i < end; ++i) body(data + int64_t{indices[i]} * kSize, (i - begin) * kSize, size);
-}
+// How many entries ahead their cache lines are asked for. Entries lie too far apart for the machine to see a pattern.
+constexpr int64_t kPrefetchDistance = 128;
 
-// Call `body(entry, offset, size)` for the selected entries begin..end: the address of the entry, the offset in bytes
-// of its value in a compact block that starts at `begin`, and its size as a compile-time constant.
+// Call `body(i, position, position_ahead)` for selected entries begin..end, i counting from 0.
 template <class Body>
-void for_each_entry(const Selection& at, int64_t begin, int64_t end, const Body& body) {
-    const auto run = [&](auto size) {
-        if (at.wide_indices) {
-            for_each_entry<size, int64_t>(at, begin, end, body);
-        } else {
-            for_each_entry<size, int32_t>(at, begin, end, body);
+void for_each_position(const Selection& at, int64_t begin, int64_t end, const Body& body) {
+    const auto run = [&](const auto* indices) {
+        for (int64_t i = begin; i < end; ++i) {
+            body(i - begin, int64_t{indices[i]}, int64_t{indices[std::min(i + kPrefetchDistance, at.k - 1)]});
         }
     };
-    switch (at.element_size) {
+    if (at.wide_indices) {
+        run(static_cast<const int64_t*>(at.indices));
+    } else {
+        run(static_cast<const int32_t*>(at.indices));
+    }
+}
+
+// Call `body(size)` with the size of an element, in bytes, as a compile-time constant.
+template <class Body>
+void with_size(int size, const Body& body) {
+    switch (size) {
         case 1:
-            return run(std::integral_constant<int, 1>{});
+            return body(std::integral_constant<int, 1>{});
         case 2:
-            return run(std::integral_constant<int, 2>{});
+            return body(std::integral_constant<int, 2>{});
         case 4:
-            return run(std::integral_constant<int, 4>{});
+            return body(std::integral_constant<int, 4>{});
         case 8:
-            return run(std::integral_constant<int, 8>{});
+            return body(std::integral_constant<int, 8>{});
         default:
-            return run(std::integral_constant<int, 16>{});
+            return body(std::integral_constant<int, 16>{});
     }
 }
 
 inline void gather_entries(const Selection& at, int64_t begin, int64_t end, void* values) {
-    for_each_entry(at, begin, end, [values](const char* entry, int64_t offset, auto size) {
-        std::memcpy(static_cast<char*>(values) + offset, entry, size);
+    with_size(at.element_size, [&](auto size) {
+        const char* const data = static_cast<const char*>(at.data);
+        char* const out = static_cast<char*>(values);
+        for_each_position(at, begin, end, [=](int64_t i, int64_t position, int64_t ahead) {
+            __builtin_prefetch(data + ahead * size);
+            std::memcpy(out + i * size, data + position * size, size);
+        });
     });
 }
 
 inline void scatter_entries(const Selection& at, int64_t begin, int64_t end, const void* values) {
-    for_each_entry(at, begin, end, [values](char* entry, int64_t offset, auto size) {
-        std::memcpy(entry, static_cast<const char*>(values) + offset, size);
+    with_size(at.element_size, [&](auto size) {
+        char* const data = static_cast<char*>(at.data);
+        const char* const in = static_cast<const char*>(values);
+        for_each_position(at, begin, end, [=](int64_t i, int64_t position, int64_t) {
+            std::memcpy(data + position * size, in + i * size, size);
+        });
     });
 }
 
 inline void swap_entries(const Selection& at, int64_t begin, int64_t end, void* values) {
-    for_each_entry(at, begin, end, [values](char* entry, int64_t offset, auto size) {
-        char replaced[size];
-        char* value = static_cast<char*>(values) + offset;
-        std::memcpy(replaced, entry, size);
-        std::memcpy(entry, value, size);
-        std::memcpy(value, replaced, size);
+    with_size(at.element_size, [&](auto size) {
+        char* const data = static_cast<char*>(at.data);
+        char* const inout = static_cast<char*>(values);
+        for_each_position(at, begin, end, [=](int64_t i, int64_t position, int64_t ahead) {
+            __builtin_prefetch(data + ahead * size);
+            char replaced[size];
+            std::memcpy(replaced, data + position * size, size);
+            std::memcpy(data + position * size, inout + i * size, size);
+            std::memcpy(inout + i * size, replaced, size);
+        });
     });
+}
+
+// Gather the same entries of two tensors of 2- or 4-byte elements in one go, which keeps twice as many cache misses
+// under way as one after the other would.
+inline void gather_two(const Selection& at, int64_t begin, int64_t end, void* values, const void* other,
+                       int other_size, void* other_values) {
+    const auto run = [&](auto size, auto size_of_other) {
+        const char* const data = static_cast<const char*>(at.data);
+        const char* const other_data = static_cast<const char*>(other);
+        char* const out = static_cast<char*>(values);
+        char* const other_out = static_cast<char*>(other_values);
+        for_each_position(at, begin, end, [=](int64_t i, int64_t position, int64_t ahead) {
+            __builtin_prefetch(data + ahead * size);
+            __builtin_prefetch(other_data + ahead * size_of_other);
+            std::memcpy(out + i * size, data + position * size, size);
+            std::memcpy(other_out + i * size_of_other, other_data + position * size_of_other, size_of_other);
+        });
+    };
+    constexpr std::integral_constant<int, 2> two;
+    constexpr std::integral_constant<int, 4> four;
+    if (at.element_size == 4) {
+        other_size == 4 ? run(four, four) : run(four, two);
+    } else {
+        other_size == 4 ? run(two, four) : run(two, two);
+    }
 }
 
 // Where entry_ops.h has entries moved.
@@ -86,7 +127,7 @@ struct CpuEntries {
     template <class Body>
     static void for_each_block(const std::vector<Exchange>& exchanges, const Body& body) {
         const WorkList work(exchanges.size(), 1024, [&](size_t i) { return exchanges[i].at.k; });
-        work.parallel(8, [&](const auto& for_each_piece) {
+        work.parallel(8192, [&](const auto& for_each_piece) {
             for_each_piece([&](const Piece& piece) { body(exchanges[piece.tensor], piece.begin, piece.end); });
         });
     }

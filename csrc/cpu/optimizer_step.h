@@ -15,13 +15,14 @@
 namespace sparseft {
 
 constexpr int64_t kBlockEntries = 256;
-constexpr int64_t kGrainBlocks = 16;  // below about 4,000 entries a second thread costs more than it saves
+constexpr int64_t kGrainEntries = 4096;  // below, a second thread costs more than it saves
 
 struct alignas(64) Block {
     float weight[kBlockEntries];
     float grad[kBlockEntries];
     float states[kMaxStates][kBlockEntries];
-    float stored[kBlockEntries];  // values as a tensor stores them: fp32, or half the space in a 16-bit dtype
+    float stored[kBlockEntries];  // weights as the tensor stores them, 16-bit ones in half the space
+    float stored_grad[kBlockEntries];
     float rounded[kBlockEntries];
 };
 
@@ -53,26 +54,24 @@ inline SPARSEFT_SIMD void prefer_master(const float* __restrict master, const fl
     for (int64_t i = 0; i < n; ++i) weight[i] = rounded[i] == weight[i] ? master[i] : weight[i];
 }
 
-inline void load_grad(const ParameterStep& p, int64_t begin, int64_t n, float divisor, Block& block) {
-    Selection grad = p.weight;
-    grad.data = const_cast<void*>(p.grad);
-    grad.element_size = static_cast<int8_t>(p.grad_dtype == ScalarType::Float ? 4 : 2);
-    const void* stored = static_cast<const char*>(p.grad) + begin * grad.element_size;
-    if (!p.compact_grad) {
-        gather_entries(grad, begin, begin + n, block.stored);
-        stored = block.stored;
+// Fill the block's weights and gradients, as fp32 and as the rule wants them.
+inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float divisor, Block& block) {
+    const int grad_size = p.grad_dtype == ScalarType::Float ? 4 : 2;
+    const void* grad = block.stored_grad;
+    if (p.compact_grad) {
+        grad = static_cast<const char*>(p.grad) + begin * grad_size;
+        gather_entries(p.weight, begin, begin + n, block.stored);
+    } else {
+        gather_two(p.weight, begin, begin + n, block.stored, p.grad, grad_size, block.stored_grad);
     }
-    widen(p.grad_dtype, stored, n, block.grad);
+    widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
-}
-
-inline void load_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
-    gather_entries(p.weight, begin, begin + n, block.stored);
     widen(p.dtype, block.stored, n, block.weight);
-    if (!p.master) return;
-    narrow(p.dtype, p.master + begin, n, block.stored);
-    widen(p.dtype, block.stored, n, block.rounded);
-    prefer_master(p.master + begin, block.rounded, n, block.weight);
+    if (p.master) {
+        narrow(p.dtype, p.master + begin, n, block.stored);
+        widen(p.dtype, block.stored, n, block.rounded);
+        prefer_master(p.master + begin, block.rounded, n, block.weight);
+    }
 }
 
 inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
@@ -84,8 +83,7 @@ inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block
 template <class Rule>
 void step_block(const ParameterStep& p, const typename Rule::Coefficients& coefficients, float divisor, int64_t begin,
                 int64_t n, Block& block) {
-    load_grad(p, begin, n, divisor, block);
-    load_weight(p, begin, n, block);
+    load_block(p, begin, n, divisor, block);
     // a state that the options do not need is a dummy that stays in the block
     float* states[kMaxStates];
     for (int s = 0; s < kMaxStates; ++s) states[s] = p.states[s] ? p.states[s] + begin : block.states[s];
@@ -105,7 +103,7 @@ struct CpuOptimizer {
         const float divisor = options.maximize ? -scale : scale;
 
         const WorkList work(parameters.size(), kBlockEntries, [&](size_t i) { return parameters[i].weight.k; });
-        work.parallel(kGrainBlocks, [&](const auto& for_each_piece) {
+        work.parallel(kGrainEntries, [&](const auto& for_each_piece) {
             Block block;
             std::memset(block.states, 0, sizeof block.states);
             int64_t current = -1;

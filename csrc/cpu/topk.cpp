@@ -67,7 +67,7 @@ std::vector<int64_t> digit_counts(const std::vector<Scores>& scores, const WorkL
     const size_t digits = size_t{1} << bits;
     std::vector<int64_t> totals(digits);
     std::mutex mutex;
-    work.parallel(1, [&](const auto& for_each_piece) {
+    work.parallel(kPieceScores, [&](const auto& for_each_piece) {
         std::vector<uint32_t> counts(2 * digits);
         uint32_t* const even = counts.data();
         uint32_t* const odd = even + digits;
@@ -131,7 +131,7 @@ struct Contribution {
 std::vector<Contribution> contributions(const std::vector<Scores>& scores, const WorkList& work,
                                         const Threshold& threshold) {
     std::vector<Contribution> result(work.pieces());
-    work.parallel(1, [&](const auto& for_each_piece) {
+    work.parallel(kPieceScores, [&](const auto& for_each_piece) {
         for_each_piece([&](const Piece& piece) {
             Contribution here{};
             for_each_block(scores[piece.tensor], piece, [&](const KeyBlock& block) {
@@ -153,7 +153,7 @@ std::vector<Contribution> contributions(const std::vector<Scores>& scores, const
 template <class Index>
 void write_indices(const std::vector<Scores>& scores, const WorkList& work, uint32_t bar,
                    const std::vector<Contribution>& contributions, Index* indices) {
-    work.parallel(1, [&](const auto& for_each_piece) {
+    work.parallel(kPieceScores, [&](const auto& for_each_piece) {
         Index picked[kBlockScores + 1];
         for_each_piece([&](const Piece& piece) {
             const Contribution& here = contributions[piece.id];

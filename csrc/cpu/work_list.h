@@ -27,17 +27,19 @@ class WorkList {
         first_piece_.push_back(0);
         for (size_t i = 0; i < n; ++i) {
             sizes_.push_back(item_size(i));
+            entries_ += sizes_.back();
             first_piece_.push_back(first_piece_.back() + (sizes_.back() + piece_size - 1) / piece_size);
         }
     }
 
     int64_t pieces() const { return first_piece_.back(); }
 
-    // Call `worker(pieces)` from several threads, each with its own share, as an object to call `for_each` on. Workers
-    // must not throw. Shares are at least `grain` pieces, so that little work stays on one thread.
+    // Call `worker(for_each_piece)` from several threads; `for_each_piece(body)` goes through the thread's own share.
+    // Shares are of at least `grain` entries or so, that little work stays on one thread. Workers must not throw.
     template <class Worker>
     void parallel(int64_t grain, const Worker& worker) const {
-        torch::stable::parallel_for(0, pieces(), grain, [&](int64_t first, int64_t last) {
+        const int64_t grain_pieces = std::max<int64_t>(1, grain * pieces() / std::max<int64_t>(1, entries_));
+        torch::stable::parallel_for(0, pieces(), grain_pieces, [&](int64_t first, int64_t last) {
             worker([&](const auto& body) { for_each(first, last, body); });
         });
     }
@@ -54,6 +56,7 @@ class WorkList {
 
   private:
     int64_t piece_size_;
+    int64_t entries_ = 0;
     std::vector<int64_t> sizes_;
     std::vector<int64_t> first_piece_;
 };
