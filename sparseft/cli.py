@@ -61,7 +61,9 @@ _Include = Annotated[list[str] | None, typer.Option(help="Select only in paramet
 _Exclude = Annotated[list[str] | None, typer.Option(help="Do not select in parameters named like this; repeatable.")]
 _Samples = Annotated[int | None, typer.Option(min=1, help="Rows that fish and sift look at.")]
 _Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
-_Length = Annotated[int, typer.Option("--max-length", min=2, help="Tokens after which a sequence is cut.")]
+_Length = Annotated[
+    int | None, typer.Option("--max-length", min=2, help="Tokens after which a sequence is cut; 128 if left out.")
+]
 _Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto: as the model is stored.")
 ]
@@ -114,7 +116,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of --epochs.")] = None,
     batch_size: _Batch = 16,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the method's own if left out.")] = None,
-    max_length: _Length = 128,
+    max_length: _Length = None,
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
     overwrite: _Overwrite = False,
@@ -137,7 +139,7 @@ def train(
             mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
         select_seconds = time.perf_counter() - started
         run = training.train(found.loaded.model, found.encoded, mask, **_taken_by(training.train, ctx))
-        options = {"model": model, "batch_size": batch_size, "max_length": max_length, "seed": seed, "output": output}
+        options = {"model": model, "batch_size": batch_size, "seed": seed, "output": output}
         results |= checkpoint.save_run(output, found, mask, run, {**options, "select_seconds": select_seconds})
 
 
@@ -156,7 +158,7 @@ def select(
     exclude: _Exclude = None,
     samples: _Samples = None,
     batch_size: _Batch = 16,
-    max_length: _Length = 128,
+    max_length: _Length = None,
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
     overwrite: _Overwrite = False,

@@ -71,7 +71,7 @@ def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, optio
     Returns:
         What results.json holds, as plain values.
     """
-    model, results = inputs.loaded.model, _results(inputs, mask, run, options)
+    model = inputs.loaded.model
     with staged(folder) as temporary:
         if mask is None:
             model.save_pretrained(temporary)
@@ -79,6 +79,8 @@ def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, optio
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(temporary)
             save_delta(model, mask, temporary / DELTA, {"base_model": inputs.source, "task": inputs.splits.task})
+        size = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
+        results = {**_results(inputs, mask, run), **options, "checkpoint_bytes": size}
         inputs.loaded.tokenizer.save_pretrained(temporary)
         lines = [strict_json.dumps(row) for row in _predictions(inputs.splits, run.evaluation.outputs)]
         (temporary / PREDICTIONS).write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -138,16 +140,16 @@ def _load_base(base: str, beside: Path) -> tuple[Any, Any]:
     return model, tokenizer
 
 
-def _results(inputs: Inputs, mask: Mask | None, run: Result, options: dict[str, Any]) -> dict[str, Any]:
+def _results(inputs: Inputs, mask: Mask | None, run: Result) -> dict[str, Any]:
     plain = {name: value for name, value in vars(run).items() if name != "evaluation"}
     return {
         "task": inputs.splits.task,
-        "classes": inputs.splits.classes,
+        "classes": len(inputs.splits.classes),
         "rows": {"train": len(inputs.encoded.train), "dev": len(inputs.encoded.dev)},
+        "max_length": inputs.encoded.max_length,
         "dev": run.evaluation.metrics,
         "density": 1.0 if mask is None else mask.density,
         **plain,
-        **options,
         "device": str(inputs.loaded.model.device),
         "versions": versions(),
     }

@@ -19,9 +19,10 @@ _IGNORED = -100  # what transformers' losses leave out
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """Both splits as token ids. `collate` pads a list of features into a batch with "labels"."""
+    """Both splits as token ids, cut at max_length. `collate` pads a list of features into a batch with "labels"."""
 
     task: Task
+    max_length: int
     train: list[Features]
     dev: list[Features]
     collate: Callable[[list[Features]], Batch]
@@ -44,8 +45,8 @@ class Encoded:
         )
 
 
-def encode(splits: Splits, tokenizer: Any, max_length: int = 128) -> Encoded:
-    """Turn both splits into token ids, cut at `max_length` tokens.
+def encode(splits: Splits, tokenizer: Any, max_length: int | None = None) -> Encoded:
+    """Turn both splits into token ids, cut at `max_length` tokens; None is for 128, or less if the model takes less.
 
     For causal LM, a text alone is learnt whole, and of a prompt with its answer only the answer; each row is a
     sequence of its own and ends with the tokenizer's end token.
@@ -54,6 +55,7 @@ def encode(splits: Splits, tokenizer: Any, max_length: int = 128) -> Encoded:
         ValueError: max_length is out of range, or leaves nothing to learn from in any row.
     """
     limit = tokenizer.model_max_length
+    max_length = min(128, limit) if max_length is None else max_length
     if not 2 <= max_length <= limit:
         raise ValueError(f"max_length must lie in [2, {limit}] for this tokenizer, got {max_length}")
     if splits.task == "causal-lm":
@@ -63,11 +65,13 @@ def encode(splits: Splits, tokenizer: Any, max_length: int = 128) -> Encoded:
             _sequences(part, where, splits.columns, tokenizer, max_length)
             for part, where in ((splits.train, "train"), (splits.dev, "dev"))
         )
-        return Encoded(splits.task, train, dev, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED))
+        return Encoded(
+            splits.task, max_length, train, dev, DataCollatorForSeq2Seq(tokenizer, label_pad_token_id=_IGNORED)
+        )
     from transformers import DataCollatorWithPadding
 
     train, dev = (_labelled(part, tokenizer, max_length) for part in (splits.train, splits.dev))
-    return Encoded(splits.task, train, dev, DataCollatorWithPadding(tokenizer))
+    return Encoded(splits.task, max_length, train, dev, DataCollatorWithPadding(tokenizer))
 
 
 def _labelled(examples: Sequence[Example], tokenizer: Any, max_length: int) -> list[Features]:

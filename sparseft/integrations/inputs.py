@@ -25,7 +25,7 @@ def load(
     task: Literal["auto"] | examples.Task = "auto",
     text_columns: Sequence[str] = (),
     label_column: str | None = None,
-    max_length: int = 128,
+    max_length: int | None = None,
     dtype: str = "auto",
     seed: int = 0,
 ) -> Inputs:
@@ -38,7 +38,7 @@ def load(
         task: see `examples.prepare`, as for the columns.
         text_columns: see `examples.prepare`.
         label_column: see `examples.prepare`.
-        max_length: tokens after which a sequence is cut.
+        max_length: tokens after which a sequence is cut, see `encoding.encode`.
         dtype: what the weights are held in, see `models.load`.
         seed: initialises a new head.
     """

@@ -96,9 +96,7 @@ def _new_parameters(model: nn.Module, report: dict[str, Any], splits: Splits, so
     parameters = dict(model.named_parameters())
     new = tuple(name for name in parameters if name in missing)
     if new and splits.task == "causal-lm":
-        raise ValueError(
-            f"{source} lacks weights of a causal language model: {', '.join(new[:4])}; give one that has them"
-        )
+        raise ValueError(f"{source} is no causal language model: it lacks {', '.join(new[:4])}; give one that is")
     outputs = len(splits.classes) or 1
     for name in resized:
         if parameters[name].shape[0] != outputs:

