@@ -1,1 +1,10 @@
 """The Triton backend: one file an op, launcher and kernel of the same name. Installed as `sparseft.kernels`."""
+
+from sparseft.kernels.adamw import adamw_
+from sparseft.kernels.delta_swap import delta_swap_
+from sparseft.kernels.fisher_linear import fisher_linear_
+from sparseft.kernels.gather import gather
+from sparseft.kernels.sgd import sgd_
+from sparseft.kernels.topk_indices import topk_indices
+
+__all__ = ["adamw_", "delta_swap_", "fisher_linear_", "gather", "sgd_", "topk_indices"]

@@ -1,0 +1,124 @@
+"""AdamW on the selected entries of all parameters, in one launch for all of one kind of dtypes."""
+
+from __future__ import annotations
+
+import math
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseft.kernels.multi_tensor import find_chunk, pointer
+from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+
+
+@triton.jit
+def _one_minus_exp(x):
+    """Return 1 - exp(x) for x <= 0, to fp32 accuracy also near 0, where the difference cancels.
+
+    1 - beta2**step is 0.001 at step 1: from a rounded power it would keep four digits.
+    """
+    # Taylor's series in Horner's form; the first term left out is below 2e-8 of the sum for -0.5 <= x
+    series = 1.0 + x / 9.0
+    for n in tl.static_range(8, 1, -1):
+        series = 1.0 + x / n * series
+    return tl.where(x < -0.5, 1.0 - tl.exp(x), -x * series)
+
+
+@triton.jit
+def _adamw_kernel(
+    table,
+    lr,
+    lr_tensor,
+    grad_scale,
+    found_inf,
+    one_minus_beta1,
+    log_beta1,
+    beta2,
+    one_minus_beta2,
+    log_beta2,
+    eps,
+    weight_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPACT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Columns 6 and 7 of the table: exp_avg, exp_avg_sq."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    row, element, exists = find_chunk(table, CHUNK)
+    index, grad, weight = load_selected(
+        row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
+    )
+    first, second = pointer(row, 6, tl.float32) + element, pointer(row, 7, tl.float32) + element
+    exp_avg = tl.load(first, mask=exists, other=0.0)
+    exp_avg += (grad - exp_avg) * one_minus_beta1
+    exp_avg_sq = tl.load(second, mask=exists, other=0.0) * beta2 + grad * grad * one_minus_beta2
+    tl.store(first, exp_avg, mask=exists)
+    tl.store(second, exp_avg_sq, mask=exists)
+    step = tl.load(pointer(row, 5, tl.float32))
+    correction1, correction2 = _one_minus_exp(step * log_beta1), _one_minus_exp(step * log_beta2)
+    denominator = tl.sqrt_rn(exp_avg_sq) * tl.div_rn(1.0, tl.sqrt_rn(correction2)) + eps
+    lr = learning_rate(lr, lr_tensor)
+    weight -= lr * weight_decay * weight
+    weight -= tl.div_rn(lr, correction1) * tl.div_rn(exp_avg, denominator)
+    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    weight_decay: float,
+    maximize: bool = False,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One AdamW step on the selected entries of every parameter; nothing else is read or written.
+
+    params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype;
+    exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
+    already counted up for this step. lr_tensor, if given, is a 0-d tensor used in place of lr. grad_scale and
+    found_inf are GradScaler's: gradients are divided by the first, and nothing changes when the second is 1.
+    Source: decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations.
+    """
+    launch_step(
+        _adamw_kernel,
+        params,
+        grads,
+        indices,
+        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
+        masters,
+        steps,
+        1 - beta1,
+        _log(beta1),
+        beta2,
+        1 - beta2,
+        _log(beta2),
+        eps,
+        weight_decay,
+        lr=lr,
+        lr_tensor=lr_tensor,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        MAXIMIZE=maximize,
+    )
+
+
+def _log(beta: float) -> float:
+    return math.log(beta) if beta else -math.inf

@@ -1,0 +1,127 @@
+"""What the optimizers share: gradients and weights read at the selected entries, weights written back, the launch.
+
+Columns of their table: k, indices, gradient, parameter, master, step, then the optimizer's states.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseft.kernels.checks import FLOAT32, check_lengths, check_tensor
+from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
+
+# what tells the tensors of one launch from those of another
+_CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
+_GRADS = {**FLOATS, torch.float64: tl.float64}
+
+
+@triton.jit
+def load_selected(
+    row,
+    element,
+    exists,
+    grad_scale,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPACT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+):
+    """Return the selected positions, their gradients to descend along and their weights, both in fp32."""
+    index = tl.load(pointer(row, 1, INDEX) + element, mask=exists, other=0)
+    position = element if COMPACT else index
+    grad = tl.load(pointer(row, 2, GRAD) + position, mask=exists, other=0.0).to(tl.float32)
+    if grad_scale is not None:
+        grad *= tl.div_rn(1.0, tl.load(grad_scale).to(tl.float32))
+    if MAXIMIZE:
+        grad = -grad
+    weight = tl.load(pointer(row, 3, PARAM) + index, mask=exists, other=0.0).to(tl.float32)
+    if HAS_MASTER:
+        master = tl.load(pointer(row, 4, tl.float32) + element, mask=exists, other=0.0)
+        # a weight that was changed from outside (a delta swapped in) no longer rounds from its master: the weight wins
+        weight = tl.where(master.to(PARAM).to(tl.float32) == weight, master, weight)
+    return index, grad, weight
+
+
+@triton.jit
+def store_weight(row, element, index, exists, weight, PARAM: tl.constexpr, HAS_MASTER: tl.constexpr):
+    """Write fp32 weights to the selected positions and to their master copy."""
+    tl.store(pointer(row, 3, PARAM) + index, weight.to(PARAM), mask=exists)
+    if HAS_MASTER:
+        tl.store(pointer(row, 4, tl.float32) + element, weight, mask=exists)
+
+
+@triton.jit
+def learning_rate(lr, lr_tensor):
+    """Return the learning rate: the tensor's, where there is one."""
+    if lr_tensor is None:
+        return lr
+    else:
+        return tl.load(lr_tensor).to(tl.float32)
+
+
+def launch_step(
+    kernel: Any,
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    states: dict[str, list[Tensor]],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *arguments: float,
+    lr: float,
+    lr_tensor: Tensor | None,
+    grad_scale: Tensor | None,
+    found_inf: Tensor | None,
+    **constants: bool,
+) -> None:
+    """Check the lists, then update all tensors of one kind of dtypes in one launch; the GPU is not waited for.
+
+    states: fp32 [k] tensors by name, in the order of the kernel's columns; arguments: the kernel's own numbers, after
+    (table, lr, lr_tensor, grad_scale, found_inf); constants: the kernel's own.
+    """
+    check_lengths(params=params, grads=grads, indices=indices, masters=masters, steps=steps, **states)
+    if not params:
+        return
+    device = params[0].device
+    if lr_tensor is not None and lr_tensor.device != device:
+        lr, lr_tensor = float(lr_tensor), None
+    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+        if scalar is not None and scalar.device != device:
+            raise ValueError(f"{name} must be on the parameters' device {device}, got {scalar.device}; move it there")
+    grads = [grad.contiguous() for grad in grads]  # a copy has to live until the launch
+    groups: dict[tuple[Any, ...], list[Row]] = {}
+    for i, (param, grad, index, master, step) in enumerate(zip(params, grads, indices, masters, steps, strict=True)):
+        k = index.numel()
+        if not k:
+            continue
+        compact = grad.numel() == k
+        check_tensor("params", i, param, param.numel(), FLOATS, device)
+        check_tensor("grads", i, grad, k if compact else param.numel(), _GRADS, device)
+        check_tensor("indices", i, index, k, INDICES, device)
+        if master.numel():
+            check_tensor("masters", i, master, k, FLOAT32, device)
+        check_tensor("steps", i, step, 1, FLOAT32, device)
+        for name, tensors in states.items():
+            check_tensor(name, i, tensors[i], k, FLOAT32, device)
+        key = (FLOATS[param.dtype], _GRADS[grad.dtype], INDICES[index.dtype], compact, master.numel() > 0)
+        columns = (index, grad, param, master, step, *(tensors[i] for tensors in states.values()))
+        groups.setdefault(key, []).append((k, *(tensor.data_ptr() for tensor in columns)))
+    launch(
+        kernel,
+        groups,
+        _CONSTANTS,
+        device,
+        float(lr),
+        lr_tensor,
+        grad_scale,
+        found_inf,
+        *map(float, arguments),
+        **constants,
+    )

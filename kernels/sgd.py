@@ -1,0 +1,96 @@
+"""SGD on the selected entries of all parameters, in one launch for all of one kind of dtypes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseft.kernels.multi_tensor import find_chunk, pointer
+from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+
+
+@triton.jit
+def _sgd_kernel(
+    table,
+    lr,
+    lr_tensor,
+    grad_scale,
+    found_inf,
+    momentum,
+    one_minus_dampening,
+    weight_decay,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPACT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    HAS_MOMENTUM: tl.constexpr,
+    NESTEROV: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Column 6 of the table, with momentum: momentum buffer."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    row, element, exists = find_chunk(table, CHUNK)
+    index, grad, weight = load_selected(
+        row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
+    )
+    grad += weight_decay * weight
+    if HAS_MOMENTUM:
+        state = pointer(row, 6, tl.float32) + element
+        buffer = tl.load(state, mask=exists, other=0.0) * momentum + one_minus_dampening * grad
+        if tl.load(pointer(row, 5, tl.float32)) == 1:
+            buffer = grad
+        tl.store(state, buffer, mask=exists)
+        if NESTEROV:
+            grad += momentum * buffer
+        else:
+            grad = buffer
+    store_weight(row, element, index, exists, weight - learning_rate(lr, lr_tensor) * grad, PARAM, HAS_MASTER)
+
+
+def sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    momentum_buffers: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    lr: float,
+    momentum: float,
+    dampening: float,
+    weight_decay: float,
+    nesterov: bool = False,
+    maximize: bool = False,
+    lr_tensor: Tensor | None = None,
+    grad_scale: Tensor | None = None,
+    found_inf: Tensor | None = None,
+) -> None:
+    """One SGD step on the selected entries of every parameter; nothing else is read or written.
+
+    momentum_buffers: fp32 [k], or empty without momentum; at step 1 the buffer becomes the gradient itself, undamped,
+    as in torch.optim.SGD. The other arguments are those of adamw_.
+    """
+    launch_step(
+        _sgd_kernel,
+        params,
+        grads,
+        indices,
+        {"momentum_buffers": momentum_buffers} if momentum else {},
+        masters,
+        steps,
+        momentum,
+        1 - dampening,
+        weight_decay,
+        lr=lr,
+        lr_tensor=lr_tensor,
+        grad_scale=grad_scale,
+        found_inf=found_inf,
+        MAXIMIZE=maximize,
+        HAS_MOMENTUM=bool(momentum),
+        NESTEROV=nesterov,
+    )
