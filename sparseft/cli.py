@@ -124,12 +124,11 @@ def train(
     """Choose weights, train them, measure, and write the delta."""
     with _results() as results:
         from sparseft.integrations import checkpoint, inputs, models, training
-        from sparseft.mask import Mask
 
         checkpoint.check_output(output, overwrite)
         training.check_choice(method, density, samples)
         training.check_schedule(lr, epochs, max_steps, batch_size)
-        mask = None if mask_file is None else Mask.load(mask_file)
+        mask = None if mask_file is None else _given_mask(mask_file, ctx)
         models.quiet()
         found = inputs.load(model, train_rows, dev_rows, **_taken_by(inputs.load, ctx))
         started = time.perf_counter()
@@ -224,6 +223,16 @@ def doctor() -> None:
         typer.echo(ops.table(results), err=True)
     if not results["ok"]:
         raise typer.Exit(1)
+
+
+def _given_mask(file: Path, ctx: typer.Context) -> Mask:
+    from sparseft.mask import Mask
+
+    for name in ("method", "density", "include", "exclude", "samples"):
+        source = ctx.get_parameter_source(name)
+        if source is not None and source.name == "COMMANDLINE":
+            raise ValueError(f"--{name} must be left out with --mask, which holds a choice already made")
+    return Mask.load(file)
 
 
 def _taken_by(function: Callable[..., Any], ctx: typer.Context) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def report() -> dict[str, Any]:
     compiled = importlib.util.find_spec("sparseft._C") is not None
     build = importlib.import_module("sparseft._C").build_info() if compiled else {}
     cuda = torch.cuda.is_available()
-    devices = {"cpu": platform.processor() or platform.machine()}
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
     if cuda:
         devices["cuda"] = torch.cuda.get_device_name()
     return {
@@ -69,7 +69,7 @@ def _missing(build: dict[str, Any], cuda: bool) -> list[dict[str, str]]:
         gap(
             "compiled ops for the CPU",
             f"{', '.join(slow)} run in plain PyTorch",
-            "install a C++17 compiler, then `pip install --no-build-isolation --force-reinstall --no-deps .`",
+            "install a C++ compiler, then `pip install --no-build-isolation --force-reinstall --no-deps .`",
         )
     if cuda and not (build.get("ops") or {}).get("cuda"):
         nvcc = shutil.which("nvcc")

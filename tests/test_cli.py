@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import sparseft
 from sparseft import ops
 from sparseft.cli import app
+from sparseft.integrations.training import device
 
 transformers = pytest.importorskip("transformers", reason="the extra `train` is not installed")
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
@@ -128,13 +129,13 @@ def dev_texts(data):
     return [row["text"] for row in read_lines(data[3])]
 
 
-def plain_logits(folder, texts):
-    """What transformers alone says, in one batch."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).eval()
+def plain_logits(folder, *texts):
+    """What transformers alone says, in one batch, where training ran."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder).to(device()).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    batch = tokenizer(*texts, padding=True, truncation=True, max_length=32, return_tensors="pt").to(device())
     with torch.no_grad():
-        return model, model(**batch).logits
+        return model, model(**batch).logits.float().cpu()
 
 
 @pytest.mark.parametrize("method", ["fish", "sift", "magnitude", "random", "head"])
@@ -160,7 +161,7 @@ def test_train_and_merge_give_plain_transformers_the_same_logits(bert, data, tmp
     assert [row["label"] for row in rows] == [row["label"] for row in read_lines(data[3])]
 
     # nothing but the selected entries and the new head differs from the base
-    base = transformers.BertModel.from_pretrained(bert)
+    base = transformers.BertModel.from_pretrained(bert).to(device())
     mask = sparseft.Delta.load(tmp_path / "out" / "delta.safetensors").mask
     assert mask.k == found["trained"] - 2 * 33
     for name, old in base.named_parameters():
@@ -173,6 +174,15 @@ def test_full_fine_tuning_writes_a_plain_model(bert, data, tmp_path):
     assert found["density"] == 1.0
     assert found["steps"] == 20
     _, logits = plain_logits(tmp_path / "out", dev_texts(data))
+    rows = read_lines(tmp_path / "out" / "predictions.jsonl")
+    assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
+
+
+def test_weights_held_in_another_dtype(bert, data, tmp_path):
+    run("train", bert, *data, "--dtype", "bfloat16", "--samples", 32, "--max-steps", 3, "-o", tmp_path / "out")
+    run("merge", tmp_path / "out", "-o", tmp_path / "merged")
+    model, logits = plain_logits(tmp_path / "merged", dev_texts(data))
+    assert model.dtype == torch.bfloat16
     rows = read_lines(tmp_path / "out" / "predictions.jsonl")
     assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
 
@@ -322,6 +332,7 @@ WRONG_OPTIONS = [
     (["--include", "nosuch*"], "include pattern 'nosuch*' matches no parameter"),
     (["--exclude", "*"], "no parameter is selectable"),
     (["--mask", "nosuch.mask"], "nosuch.mask is not a file"),
+    (["--mask", "some.mask", "--density", "0.005"], "--density must be left out with --mask"),
     (["--nosuch"], "No such option"),
 ]
 
@@ -372,6 +383,7 @@ def test_wrong_models_change_nothing(bert, data, tmp_path):
 def test_outputs_that_cannot_be_written(bert, data, tmp_path):
     (tmp_path / "file").write_text("mine")
     assert "must be a folder" in run("train", bert, *data, "-o", tmp_path / "file", expect=2)
+    assert "must be writable" in run("train", bert, *data, "-o", tmp_path / "file" / "out", expect=2)
     assert "must be a new file" in run("select", bert, "--train", data[1], "-o", tmp_path / "file", expect=2)
     assert "must lie in a folder that exists" in run(
         "select", bert, "--train", data[1], "-o", tmp_path / "no" / "a.mask", expect=2
@@ -427,6 +439,8 @@ def test_a_full_disk_leaves_the_old_run(bert, data, tmp_path, monkeypatch):
     assert "No space left" in run("train", bert, *data, "--seed", 1, *options, "--overwrite", expect=1)
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"out", "train.jsonl", "dev.jsonl"}
+    assert "No space left" in run("train", bert, *data, *options[:4], "-o", tmp_path / "new", expect=1)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "train.jsonl", "dev.jsonl"}
     monkeypatch.undo()
     run("train", bert, *data, "--seed", 1, *options, "--overwrite")
     assert (tmp_path / "out" / "delta.safetensors").read_bytes() != before["delta.safetensors"]
@@ -469,11 +483,8 @@ def test_a_real_encoder_on_real_data(tmp_path):
     assert found["checkpoint_bytes"] <= 8 * found["trained"] + 65536
     run("merge", tmp_path / "out", "-o", tmp_path / "merged")
     items = read_lines(tmp_path / "dev.jsonl")
-    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
-    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "merged")
-    pairs = [item["text_a"] for item in items], [item["text_b"] for item in items]
-    batch = tokenizer(*pairs, padding=True, truncation=True, max_length=32, return_tensors="pt")
-    with torch.no_grad():
-        logits = plain(**batch).logits
+    _, logits = plain_logits(
+        tmp_path / "merged", [item["text_a"] for item in items], [item["text_b"] for item in items]
+    )
     rows = read_lines(tmp_path / "out" / "predictions.jsonl")
     assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))

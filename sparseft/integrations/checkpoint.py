@@ -33,27 +33,33 @@ def check_output(folder: Path, overwrite: bool) -> None:
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise ValueError(f"the output folder {folder} must be empty or new; choose another, or give --overwrite")
     place = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not os.access(place, os.W_OK | os.X_OK):
-        raise ValueError(f"the output folder {folder} cannot be written: no permission in {place}")
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise ValueError(f"the output folder {folder} must be writable: {place} is no folder that may be written to")
 
 
 @contextlib.contextmanager
 def staged(folder: Path) -> Iterator[Path]:
     """Yield an empty folder to write into; what is in it moves to `folder` at the end, file by file, each at once.
 
-    If anything fails before that, `folder` stays as it was.
+    If anything fails before that, the files in `folder` stay as they were.
 
     Raises:
         OSError: a file could not be written.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
-        yield Path(temporary)
-        for path in sorted(Path(temporary).rglob("*")):
-            if path.is_file():
-                target = folder / path.relative_to(temporary)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                os.replace(path, target)
+    new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        # inside it, because a file cannot be renamed from one file system to another
+        with tempfile.TemporaryDirectory(dir=folder, prefix=".unfinished-") as temporary:
+            yield Path(temporary)
+            for path in sorted(Path(temporary).rglob("*")):
+                if path.is_file():
+                    target = folder / path.relative_to(temporary)
+                    target.parent.mkdir(parents=True, exist_ok=True)
+                    os.replace(path, target)
+    finally:
+        if new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, options: dict[str, Any]) -> dict[str, Any]:
