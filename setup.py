@@ -34,12 +34,14 @@ def with_cuda() -> bool:
     wanted = os.environ.get("SPARSEFT_CUDA", "")
     if wanted not in ("", "0", "1"):
         raise SystemExit(f"SPARSEFT_CUDA must be 0 or 1, got {wanted!r}; leave it unset to build what can be built")
-    nvcc = CUDA_HOME is not None and (Path(CUDA_HOME) / "bin" / "nvcc").exists()
-    possible = nvcc and torch.version.cuda is not None
-    if wanted == "1" and not possible:
-        missing = "nvcc, which was not found" if not nvcc else f"a CUDA build of torch, got torch {torch.__version__}"
+    missing = None
+    if torch.version.cuda is None:
+        missing = f"a CUDA build of torch, got torch {torch.__version__}"
+    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+        missing = "nvcc, which is neither on the PATH nor in CUDA_HOME"
+    if wanted == "1" and missing:
         raise SystemExit(f"SPARSEFT_CUDA=1 needs {missing}; install it, or set SPARSEFT_CUDA=0")
-    return possible and wanted != "0"
+    return missing is None and wanted != "0"
 
 
 def compiler() -> str:
@@ -54,7 +56,8 @@ def extension():
         return CppExtension("sparseft._C", CPU_SOURCES, extra_compile_args={"cxx": cxx})
     # machine code for 8.0 to 9.x, and an intermediate form that drivers of newer GPUs translate
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
-    flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": ["-O3", "-std=c++17", "-DUSE_CUDA", TARGET]}
+    nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", TARGET]
+    flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
     return CUDAExtension("sparseft._C", CPU_SOURCES + CUDA_SOURCES, extra_compile_args=flags)
 
 

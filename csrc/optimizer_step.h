@@ -18,7 +18,7 @@ constexpr int kMaxStates = 2;
 // One parameter of a step. The states are fp32 [k]; one that the options do not need is null, and so is `master`
 // where the parameter itself is fp32.
 struct ParameterStep {
-    Selection weight;
+    Selection at;
     const void* grad;
     float* master;
     float* states[kMaxStates];
@@ -80,8 +80,8 @@ inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& gr
     check_device(at("grads"), grad, param);
 
     ParameterStep step{};
-    step.weight = select(at("params"), param, a.indices[i]);
-    const int64_t k = step.weight.k;
+    step.at = select(at("params"), param, a.indices[i]);
+    const int64_t k = step.at.k;
     step.compact_grad = grad.numel() == k;
     check(step.compact_grad || grad.numel() == param.numel(), at("grads"), " must have the ", param.numel(),
           " elements of its parameter or the ", k, " of its indices, got ", grad.numel());
@@ -113,7 +113,7 @@ inline std::vector<ParameterStep> parameter_steps(const StepArguments& a, bool s
     steps.reserve(n);
     for (size_t i = 0; i < n; ++i) {
         const ParameterStep step = parameter_step(a, i, grads[i], stateless);
-        if (step.weight.k > 0) steps.push_back(step);
+        if (step.at.k > 0) steps.push_back(step);
     }
     return steps;
 }

@@ -60,9 +60,9 @@ inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float d
     const void* grad = block.stored_grad;
     if (p.compact_grad) {
         grad = static_cast<const char*>(p.grad) + begin * grad_size;
-        gather_entries(p.weight, begin, begin + n, block.stored);
+        gather_entries(p.at, begin, begin + n, block.stored);
     } else {
-        gather_two(p.weight, begin, begin + n, block.stored, p.grad, grad_size, block.stored_grad);
+        gather_two(p.at, begin, begin + n, block.stored, p.grad, grad_size, block.stored_grad);
     }
     widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
@@ -76,7 +76,7 @@ inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float d
 
 inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
     narrow(p.dtype, block.weight, n, block.stored);
-    scatter_entries(p.weight, begin, begin + n, block.stored);
+    scatter_entries(p.at, begin, begin + n, block.stored);
     if (p.master) std::memcpy(p.master + begin, block.weight, n * sizeof(float));
 }
 
@@ -102,7 +102,7 @@ struct CpuOptimizer {
         const float scale = options.grad_scale ? *options.grad_scale : 1;
         const float divisor = options.maximize ? -scale : scale;
 
-        const WorkList work(parameters.size(), kBlockEntries, [&](size_t i) { return parameters[i].weight.k; });
+        const WorkList work(parameters.size(), kBlockEntries, [&](size_t i) { return parameters[i].at.k; });
         work.parallel(kGrainEntries, [&](const auto& for_each_piece) {
             Block block;
             std::memset(block.states, 0, sizeof block.states);

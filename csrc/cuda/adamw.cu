@@ -1,0 +1,9 @@
+// adamw_ on CUDA.
+#include <torch/csrc/stable/library.h>
+
+#include "../optimizer_ops.h"
+#include "optimizer_step.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(sparseft, CUDA, m) {
+    m.impl("adamw_", TORCH_BOX(&sparseft::adamw_<sparseft::CudaOptimizer>));
+}

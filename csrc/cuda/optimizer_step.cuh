@@ -1,0 +1,95 @@
+// The kernel of every optimizer on CUDA. Step count, learning rate and loss scale are read on the device, so a step
+// neither synchronises nor changes when it is replayed from a CUDA graph.
+#pragma once
+
+#include <vector>
+
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include "../optimizer_step.h"
+#include "multi_tensor.cuh"
+
+namespace sparseft {
+
+using torch::headeronly::BFloat16;
+using torch::headeronly::Half;
+
+// The dtype is the same for a whole block, and a branch on it costs little beside the load: one kernel serves lists of
+// mixed dtypes.
+__device__ __forceinline__ float load(const void* data, ScalarType dtype, int64_t i) {
+    if (dtype == ScalarType::BFloat16) return static_cast<const BFloat16*>(data)[i];
+    if (dtype == ScalarType::Half) return static_cast<const Half*>(data)[i];
+    return static_cast<const float*>(data)[i];
+}
+
+__device__ __forceinline__ void store(void* data, ScalarType dtype, int64_t i, float value) {
+    if (dtype == ScalarType::BFloat16) {
+        static_cast<BFloat16*>(data)[i] = value;
+    } else if (dtype == ScalarType::Half) {
+        static_cast<Half*>(data)[i] = value;
+    } else {
+        static_cast<float*>(data)[i] = value;
+    }
+}
+
+__device__ __forceinline__ float rounded(float value, ScalarType dtype) {
+    if (dtype == ScalarType::BFloat16) return static_cast<BFloat16>(value);
+    if (dtype == ScalarType::Half) return static_cast<Half>(value);
+    return value;
+}
+
+template <class Rule>
+__device__ __forceinline__ void update_entry(const ParameterStep& p, const typename Rule::Coefficients& coefficients,
+                                             float divisor, int64_t i) {
+    const int64_t where = position(p.at, i);
+    const float grad = load(p.grad, p.grad_dtype, p.compact_grad ? i : where) / divisor;
+    float weight = load(p.at.data, p.dtype, where);
+    if (p.master) {
+        // a weight that does not round from its master was changed from outside: the weight wins
+        const float master = p.master[i];
+        if (rounded(master, p.dtype) == weight) weight = master;
+    }
+    float states[Rule::kStates];
+    for (int s = 0; s < Rule::kStates; ++s) states[s] = p.states[s] ? p.states[s][i] : 0;
+    Rule::update(coefficients, grad, weight, states);
+    for (int s = 0; s < Rule::kStates; ++s) {
+        if (p.states[s]) p.states[s][i] = states[s];
+    }
+    store(p.at.data, p.dtype, where, weight);
+    if (p.master) p.master[i] = weight;
+}
+
+template <class Rule>
+__global__ void __launch_bounds__(kThreads)
+    optimizer_kernel(const __grid_constant__ Table<ParameterStep> table, const Rule rule, const StepOptions options) {
+    if (options.found_inf && *options.found_inf != 0) return;
+    const Chunk chunk = chunk_of_block(table);
+    const ParameterStep& p = table.items[chunk.item];
+    __shared__ typename Rule::Coefficients coefficients;
+    if (threadIdx.x == 0) {
+        coefficients = rule.coefficients(options.lr_tensor ? *options.lr_tensor : options.lr, *p.step);
+    }
+    __syncthreads();
+    const float scale = options.grad_scale ? *options.grad_scale : 1;
+    const float divisor = options.maximize ? -scale : scale;
+    for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kThreads) {
+        update_entry<Rule>(p, coefficients, divisor, i);
+    }
+}
+
+// Where optimizer_ops.h has a step done.
+class CudaOptimizer {
+  public:
+    explicit CudaOptimizer(const Tensor& param) : launcher_(param) {}
+
+    template <class Rule>
+    void step(const Rule& rule, const std::vector<ParameterStep>& parameters, const StepOptions& options) const {
+        launcher_.launch(parameters, optimizer_kernel<Rule>, rule, options);
+    }
+
+  private:
+    Launcher launcher_;
+};
+
+}  // namespace sparseft

@@ -1,0 +1,7 @@
+// sgd_ on CUDA.
+#include <torch/csrc/stable/library.h>
+
+#include "../optimizer_ops.h"
+#include "optimizer_step.cuh"
+
+STABLE_TORCH_LIBRARY_IMPL(sparseft, CUDA, m) { m.impl("sgd_", TORCH_BOX(&sparseft::sgd_<sparseft::CudaOptimizer>)); }
