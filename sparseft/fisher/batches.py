@@ -24,6 +24,8 @@ def limited(data: Iterable[Batch], samples: int | None) -> Iterator[tuple[Batch,
     used = 0
     for batch in data:
         count = size(batch)
+        if not count:
+            continue
         if samples is not None and used + count > samples:
             count = samples - used
             batch = take(batch, range(count))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,7 +57,8 @@ def draw(kind: str, logits: Tensor, inputs: Any, labels: Tensor | None, position
             scored = F.pad(scored[:, 1:], (0, 1))
     rows = []
     for n, position in enumerate(positions):
-        generator = torch.Generator().manual_seed((seed << 32) + position)
+        # a generator takes 32 bits of its seed, so both numbers must be in them
+        generator = torch.Generator().manual_seed(random.Random(f"{seed} {position}").getrandbits(32))
         if drawn is not None:
             chosen = logits[n][scored[n]]
             drawn[n, scored[n]] = _classes(chosen, generator)

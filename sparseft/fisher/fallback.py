@@ -30,10 +30,5 @@ def add_one_by_one_(
             )
             for name, grad in zip(parameters, grads, strict=True):
                 if grad is not None:
-                    add_square_(fisher[name], grad)
-
-
-def add_square_(fisher: Tensor, grad: Tensor) -> None:
-    """Add a gradient's square to fisher, in fp32."""
-    grad = (grad.to_dense() if grad.is_sparse else grad).float()
-    fisher.addcmul_(grad, grad)
+                    grad = grad.to_dense().float()
+                    fisher[name].addcmul_(grad, grad)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.fisher.batches import Batch, limited, take, to_device
-from sparseft.fisher.fallback import add_square_
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.parameters import scored_parameters, unwrapped
 from sparseft.fisher.state import evaluation
@@ -35,7 +34,7 @@ def batch_one_fisher(
     objective = Objective(mode, loss, token_reduction, seed)
     device = next(model.parameters()).device
     fisher = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
-    kept = [(p, p.grad) for p in parameters.values()]
+    kept = [(p, p.grad) for p in model.parameters()]
     used = 0
     try:
         with evaluation(model, parameters):
@@ -43,12 +42,11 @@ def batch_one_fisher(
                 for index, position in enumerate(positions):
                     pullback = objective(model, to_device(take(batch, [index]), device), [position])
                     for cotangent in pullback.cotangents:
-                        for p in parameters.values():
-                            p.grad = None
+                        model.zero_grad()
                         pullback.outputs.backward(cotangent, retain_graph=len(pullback.cotangents) > 1)
                         for name, p in parameters.items():
                             if p.grad is not None:
-                                add_square_(fisher[name], p.grad)
+                                fisher[name] += p.grad.to_dense().float().square()
                     used += 1
     finally:
         for p, grad in kept:

@@ -1,0 +1,211 @@
+"""Losses and modes: per-sample losses are the heads' own, expectations are exact, draws are reproducible."""
+
+import itertools
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from models import one_thread  # noqa: F401
+from torch import nn
+
+from sparseft.fisher import batch_one_fisher, estimate_fisher
+from sparseft.fisher.loss import Objective
+
+
+def losses(model, batch, **options):
+    model.eval()
+    with torch.no_grad():
+        objective = Objective("empirical", None, options.get("reduction", "mean"), 0)
+        return objective(model, batch, list(range(len(batch["labels"])))).outputs
+
+
+@pytest.mark.parametrize("name", models.MODELS)
+def test_losses_are_those_of_the_model_for_batches_of_one(name):
+    model, batch = models.make(name), models.batch(name)
+    ones = [{key: value[n : n + 1] for key, value in batch.items()} for n in range(5)]
+    found = losses(model, batch)
+    with torch.no_grad():
+        torch.testing.assert_close(found, torch.stack([model(**one).loss for one in ones]))
+    if name in models.TOKEN_LEVEL:
+        counts = [
+            one["labels"][:, 1 if name in ("gpt2", "llama", "llama tied") else 0 :].ne(-100).sum() for one in ones
+        ]
+        torch.testing.assert_close(losses(model, batch, reduction="sum"), found * torch.stack(counts))
+
+
+def test_the_two_token_reductions_are_two_estimates():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+    mean = estimate_fisher(model, [batch], progress=False)
+    total = estimate_fisher(model, [batch], token_reduction="sum", progress=False)
+    one = {key: value[:1] for key, value in batch.items()}
+    count = int(one["labels"][:, 1:].ne(-100).sum())
+    first = estimate_fisher(model, [one], progress=False)
+    first_total = estimate_fisher(model, [one], token_reduction="sum", progress=False)
+    for name in mean:
+        expected = first[name] * count**2
+        torch.testing.assert_close(first_total[name], expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    # samples weigh differently, so that the two do not even rank parameters alike
+    name = "transformer.h.0.mlp.c_fc.weight"
+    ratio = total[name] / mean[name]
+    assert ratio.max() > 1.5 * ratio.min()
+
+
+def squares(model, loss):
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if grad is None else grad**2
+        for (name, p), grad in zip(model.named_parameters(), grads, strict=True)
+    }
+
+
+def expectation(model, batch, outcomes):
+    """Sum p(y) g(y)^2 over all outcomes of the label: `outcomes(logits)` yields (p, negative log-likelihood)."""
+    model.eval()
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    count = len(batch["input_ids"])
+    scores = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
+    for n in range(count):
+        logits = model(**{key: value[n : n + 1] for key, value in inputs.items()}).logits[0]
+        for probability, loss in outcomes(logits):
+            for name, square in squares(model, loss).items():
+                scores[name] += probability * square / count
+    return scores
+
+
+def by_class(logits):
+    for log_p in F.log_softmax(logits, -1):
+        yield log_p.exp().detach(), -log_p
+
+
+def by_label_set(logits):
+    for labels in itertools.product((0.0, 1.0), repeat=len(logits)):
+        loss = F.binary_cross_entropy_with_logits(logits, torch.tensor(labels), reduction="sum")
+        yield (-loss).exp().detach(), loss
+
+
+def by_quadrature(logits):
+    # three-point Gauss-Hermite: exact for the square of a score that is linear in the draw
+    for shift, weight in ((-(3**0.5), 1 / 6), (0.0, 2 / 3), (3**0.5, 1 / 6)):
+        yield weight, (logits - (logits.detach() + shift)).square().sum() / 2
+
+
+@pytest.mark.parametrize(
+    ("name", "outcomes"),
+    [
+        ("bert", by_class),
+        ("llama classification", by_class),
+        ("bert multilabel", by_label_set),
+        ("bert regression", by_quadrature),
+    ],
+)
+def test_expected_mode_is_the_exact_expectation(name, outcomes):
+    model, batch = models.make(name), models.batch(name)
+    expected = expectation(model, batch, outcomes)
+    batch.pop("labels")
+    for scores in (
+        estimate_fisher(model, [batch], mode="expected", progress=False),
+        batch_one_fisher(model, [batch], mode="expected"),
+    ):
+        for key, value in expected.items():
+            torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14, msg=key)
+
+
+def test_expected_mode_survives_certain_predictions():
+    model = nn.Linear(4, 3)
+    with torch.no_grad():
+        model.bias.copy_(torch.tensor([400.0, 0.0, -400.0]))
+    scores = estimate_fisher(model, [torch.randn(5, 4)], mode="expected", progress=False)
+    assert scores.report.samples == 5
+    assert all(bool((score == 0).all()) for score in scores.values())
+
+
+def test_expected_mode_of_token_sequences_is_refused():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+    with pytest.raises(ValueError, match="sampled"):
+        estimate_fisher(model, [batch], mode="expected", progress=False)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert regression", "bert multilabel", "bert masked", "gpt2"])
+def test_draws_depend_on_the_seed_and_on_nothing_else(name):
+    model, batch = models.make(name), models.batch(name)
+    batch.pop("labels")
+    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 2), slice(2, 5))]
+
+    def scores(data, seed):
+        return estimate_fisher(model, data, mode="sampled", seed=seed, progress=False)
+
+    first = scores([batch], 0)
+    key = max(first, key=lambda each: float(first[each].max()))
+    for other in (scores([batch], 0), scores(halves, 0), batch_one_fisher(model, [batch], mode="sampled", seed=0)):
+        for each, value in first.items():
+            torch.testing.assert_close(other[each], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14)
+    assert not torch.allclose(scores([batch], 1)[key], first[key], rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("name", ["bert", "bert regression", "bert multilabel"])
+def test_draws_converge_to_the_expectation(name):
+    model, batch = models.make(name), models.batch(name)
+    batch.pop("labels")
+    names = ["classifier.weight", "bert.pooler.dense.weight"]
+    expected = estimate_fisher(model, [batch], mode="expected", names=names, progress=False)
+    draws = 100
+    repeated = {key: value.repeat(draws, 1) for key, value in batch.items()}
+    sampled = estimate_fisher(model, [repeated], mode="sampled", names=names, samples=None, progress=False)
+    for key in names:
+        assert (sampled[key] - expected[key]).norm() < 0.25 * expected[key].norm()
+
+
+def test_a_loss_of_ones_own():
+    model, batch = models.make("bert"), models.batch("bert")
+
+    def smoothed(model, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        return F.cross_entropy(logits, batch["labels"], label_smoothing=0.1, reduction="none")
+
+    scores = estimate_fisher(model, [batch], loss=smoothed, progress=False)
+    assert not scores.report.fallback
+    for key, value in batch_one_fisher(model, [batch], loss=smoothed).items():
+        torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14)
+    with pytest.raises(ValueError, match="one value a sample"):
+        estimate_fisher(model, [batch], loss=lambda m, b: smoothed(m, b).mean(), progress=False)
+    with pytest.raises(ValueError, match="expected"):
+        estimate_fisher(model, [batch], loss=smoothed, mode="expected", progress=False)
+
+
+def test_plain_modules_take_inputs_and_targets():
+    torch.manual_seed(0)
+    x = torch.randn(6, 4, 5)
+    tokens = torch.randint(0, 3, (6, 4)).masked_fill(torch.rand(6, 4) < 0.2, -100)
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(20, 3))
+    for model, targets, reference in [
+        (flat, torch.randint(0, 3, (6,)), lambda y, t: F.cross_entropy(y, t)),
+        (flat, torch.randn(6, 3), lambda y, t: F.mse_loss(y, t)),
+        (nn.Linear(5, 3), tokens, lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten())),
+    ]:
+        scores = estimate_fisher(model, [(x, targets)], progress=False)
+        for n in range(6):
+            for key, square in squares(model, reference(model(x[n : n + 1]), targets[n : n + 1])).items():
+                scores[key] -= square / 6
+        for score in scores.values():
+            torch.testing.assert_close(score, torch.zeros_like(score), atol=1e-6, rtol=0)
+
+
+def test_labels_of_the_wrong_shape_are_named():
+    model, batch = models.make("bert multilabel"), models.batch("bert")
+    with pytest.raises(ValueError, match=r"\[5, 3\], got \[5\]"):
+        estimate_fisher(model, [batch], progress=False)
+    model, batch = models.make("gpt2"), models.batch("bert")
+    del batch["token_type_ids"]
+    with pytest.raises(ValueError, match="one class a token"):
+        estimate_fisher(model, [batch], progress=False)
+
+
+def test_heads_without_a_known_loss_ask_for_one():
+    import transformers as tf
+
+    config = tf.BertConfig(hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=48)
+    batch = {"input_ids": torch.ones(2, 3, dtype=torch.long), "labels": torch.zeros(2, dtype=torch.long)}
+    for model in (tf.BertModel(config), tf.BertForNextSentencePrediction(config)):
+        with pytest.raises(ValueError, match="`loss`"):
+            estimate_fisher(model, [batch], progress=False)

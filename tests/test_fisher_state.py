@@ -1,0 +1,228 @@
+"""What a pass leaves behind, what it refuses, and what bad samples do to it: nothing."""
+
+import models
+import pytest
+import torch
+from models import one_thread  # noqa: F401
+from torch import nn
+
+from sparseft.fisher import batch_one_fisher, estimate_fisher
+from sparseft.fisher import ledger as ledgers
+
+
+class WithState(nn.Module):
+    """Counts its calls in buffers, one of which it replaces."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.BatchNorm1d(4)
+        self.lin = nn.Linear(4, 3)
+        self.register_buffer("calls", torch.zeros(()))
+        self.register_buffer("replaced", torch.zeros(2))
+        self.fail = None
+
+    def forward(self, x):
+        self.calls += 1
+        self.replaced = self.replaced + 1
+        if self.fail is not None and not self.training:
+            raise self.fail
+        return self.lin(self.norm(x))
+
+
+def snapshot(model):
+    return (
+        {name: (p.requires_grad, p.grad, p._version) for name, p in model.named_parameters()},
+        {name: module.training for name, module in model.named_modules()},
+        {name: (id(buffer), buffer.tolist()) for name, buffer in model.named_buffers()},
+        {name: value.clone() for name, value in model.state_dict().items()},
+    )
+
+
+@pytest.mark.parametrize("fail", [None, ValueError("broken"), KeyboardInterrupt()])
+@pytest.mark.parametrize("function", [estimate_fisher, batch_one_fisher])
+def test_the_model_is_left_as_it_was_found(function, fail):
+    model = WithState()
+    model.norm.eval()
+    model.lin.bias.requires_grad_(False)
+    model.lin.weight.grad = torch.ones(3, 4)
+    grad = model.lin.weight.grad
+    hooked, seen = [], []
+    model.lin.weight.register_hook(lambda g: hooked.append("tensor"))
+    model.lin.weight.register_post_accumulate_grad_hook(lambda p: hooked.append("accumulated"))
+    model.lin.register_forward_hook(lambda *a: seen.append("forward"))
+    before = snapshot(model)
+    model.fail = fail
+    x, y = torch.randn(5, 4), torch.randint(0, 3, (5,))
+    if fail is None:
+        scores = function(model, [(x, y)], names=["lin.weight", "lin.bias", "norm.weight"])
+        assert set(scores) == {"lin.weight", "lin.bias", "norm.weight"}
+        assert float(scores["lin.bias"].max()) > 0
+    else:
+        with pytest.raises(type(fail)):
+            function(model, [(x, y)])
+    model.fail = None
+    after = snapshot(model)
+    assert before[:3] == after[:3]
+    for name, value in before[3].items():
+        assert torch.equal(value, after[3][name])
+    assert model.lin.weight.grad is grad
+    assert torch.equal(grad, torch.ones(3, 4))
+    if function is estimate_fisher:
+        assert not hooked
+    # hooks are still there, and work
+    hooked.clear(), seen.clear()
+    model(x).sum().backward()
+    assert hooked == ["tensor", "accumulated"]
+    assert seen == ["forward"]
+    model.norm.reset_running_stats()
+
+
+def test_gradient_checkpointing_of_transformers_is_left_on_and_does_no_harm():
+    for reentrant in (True, False):
+        model, batch = models.make("llama"), models.batch("llama")
+        expected = estimate_fisher(model, [batch], progress=False)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        scores = estimate_fisher(model, [batch], progress=False)
+        assert model.is_gradient_checkpointing
+        for name, value in expected.items():
+            assert torch.equal(scores[name], value)
+
+
+class Inverse(nn.Module):
+    """A loss that is finite for x = 0, with a gradient that is not: sqrt(w x) below a layer that stays finite."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(1, 4, bias=False)
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x):
+        return self.last(self.first(x).abs().sqrt())
+
+
+def bad_at(positions, samples):
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(samples, 1, generator=generator) + 0.5
+    for position, value in positions.items():
+        x[position] = value
+    return x, torch.randint(0, 3, (samples,), generator=generator)
+
+
+def without(positions, x, y):
+    kept = [n for n in range(len(x)) if n not in positions]
+    return x[kept], y[kept]
+
+
+@pytest.mark.parametrize("journal", ["kept", "too small"])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {3: 0.0},  # the gradient of `first` is infinite, that of `last` is not
+        {3: float("nan")},
+        {0: 0.0, 1: float("inf"), 2: float("nan")},
+        {5: 0.0, 44: 0.0, 61: float("nan"), 62: 0.0},
+    ],
+)
+def test_bad_samples_are_dropped_and_leave_no_trace(bad, journal, monkeypatch):
+    model = Inverse()
+    x, y = bad_at(bad, 63)
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    if journal == "too small":
+        # the model has 19 numbers, so a few batches outgrow it; a bad sample then meets the checked path
+        monkeypatch.setattr(ledgers, "_CHECK_EVERY", 10**6)
+    else:
+        monkeypatch.setattr(ledgers, "nbytes", lambda batch: 0)
+    scores = estimate_fisher(model, batches, progress=False)
+    assert scores.report.dropped == sorted(bad)
+    assert scores.report.positions == [n for n in range(63) if n not in bad]
+    assert f"dropped as not finite: {len(bad)} samples" in str(scores.report)
+    for name, value in batch_one_fisher(model, [without(bad, x, y)]).items():
+        torch.testing.assert_close(scores[name], value)
+
+
+def test_healthy_data_are_run_once_and_never_copied(monkeypatch):
+    monkeypatch.setattr(ledgers, "nbytes", lambda batch: 0)
+    monkeypatch.setattr(ledgers.Ledger, "_add_checked", lambda *a: pytest.fail("a healthy batch was run twice"))
+    calls = []
+    model = Inverse()
+    model.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    x, y = bad_at({}, 60)
+    estimate_fisher(model, [(x[:30], y[:30]), (x[30:], y[30:])], progress=False)
+    # two batches, and what the probe runs: the batch's losses, two samples, three samples
+    assert calls == [30, 2, 3, 30, 30]
+
+
+def test_nothing_but_bad_samples_is_an_error():
+    x, y = bad_at({0: 0.0, 1: float("nan")}, 2)
+    with pytest.raises(ValueError, match="finite"):
+        estimate_fisher(Inverse(), [(x, y)], progress=False)
+
+
+class Coupled(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.lin, self.kind = nn.Linear(4, 3), kind
+
+    def forward(self, x):
+        if self.kind == "batch mean":
+            return self.lin(x - x.mean(0))
+        return nn.functional.dropout(self.lin(x), 0.5, training=True)
+
+
+@pytest.mark.parametrize("kind", ["batch mean", "random"])
+def test_losses_that_depend_on_other_samples_are_refused(kind):
+    torch.manual_seed(0)
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(Coupled(kind), [(torch.randn(5, 4), torch.randint(0, 3, (5,)))], progress=False)
+
+
+def test_a_model_that_runs_single_samples_only_says_what_is_missing():
+    model, batch = models.make("gpt2 classification"), models.batch("gpt2 classification", samples=1)
+    model.config.pad_token_id = None
+    with pytest.raises(ValueError, match="pad_token_id"):
+        estimate_fisher(model, [batch], progress=False)
+
+
+X, Y = torch.randn(5, 4), torch.randint(0, 3, (5,))
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "error", "match"),
+    [
+        ([], {}, ValueError, "at least one sample"),
+        ([(X[:0], Y[:0])], {}, ValueError, "at least one sample"),
+        ([X], {}, ValueError, "labels"),
+        ([{"input": X}], {}, ValueError, "labels"),
+        ({"input": X, "labels": Y}, {}, TypeError, "in a list"),
+        (X, {}, TypeError, "in a list"),
+        ([(X, Y[:3])], {}, ValueError, "same leading size"),
+        ([(X, "yes")], {}, TypeError, "tokenize"),
+        ([(X, Y, Y)], {}, ValueError, "3 parts"),
+        ([(X, Y)], {"samples": 0}, ValueError, "samples"),
+        ([(X, Y)], {"mode": "true"}, ValueError, "mode"),
+        ([(X, Y)], {"token_reduction": "max"}, ValueError, "token_reduction"),
+        ([(X, Y)], {"names": ["weight", "wieght"]}, ValueError, "wieght"),
+        ([(X, Y)], {"names": []}, ValueError, "parameter to score"),
+    ],
+)
+def test_bad_input_is_named(data, options, error, match):
+    model = nn.Linear(4, 3)
+    with pytest.raises(error, match=match):
+        estimate_fisher(model, data, progress=False, **options)
+    assert model.training
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def test_a_model_with_nothing_to_score_is_an_error():
+    model = nn.Linear(4, 3).requires_grad_(False)
+    with pytest.raises(ValueError, match="requires gradients"):
+        estimate_fisher(model, [(X, Y)], progress=False)
+
+
+def test_shared_tensors_of_a_batch_are_not_cut():
+    model, batch = models.make("bert"), models.batch("bert")
+    expected = estimate_fisher(model, [batch], samples=3, progress=False)
+    batch["position_ids"] = torch.arange(9)[None]
+    scores = estimate_fisher(model, [batch], samples=3, progress=False)
+    for name, value in expected.items():
+        torch.testing.assert_close(scores[name], value)
