@@ -18,11 +18,12 @@ def _one_minus_exp(x):
 
     1 - beta2**step is 0.001 at step 1: from a rounded power it would keep four digits.
     """
-    # Taylor's series in Horner's form; the first term left out is below 2e-8 of the sum for -0.5 <= x
-    series = 1.0 + x / 9.0
+    # Taylor's series in Horner's form; from -0.5 on, the first term left out is below 2e-8 of the sum
+    small = tl.maximum(x, -0.5)
+    series = 1.0 + small / 9.0
     for n in tl.static_range(8, 1, -1):
-        series = 1.0 + x / n * series
-    return tl.where(x < -0.5, 1.0 - tl.exp(x), -x * series)
+        series = 1.0 + small / n * series
+    return tl.where(x < -0.5, 1.0 - tl.exp(x), -small * series)
 
 
 @triton.jit
@@ -91,7 +92,7 @@ def adamw_(
 ) -> None:
     """One AdamW step on the selected entries of every parameter; nothing else is read or written.
 
-    params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype;
+    params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], fp32, bf16 or fp16;
     exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
     already counted up for this step. lr_tensor, if given, is a 0-d tensor used in place of lr. grad_scale and
     found_inf are GradScaler's: gradients are divided by the first, and nothing changes when the second is 1.

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -17,7 +16,6 @@ from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
-_GRADS = {**FLOATS, torch.float64: tl.float64}
 
 
 @triton.jit
@@ -103,14 +101,14 @@ def launch_step(
             continue
         compact = grad.numel() == k
         check_tensor("params", i, param, param.numel(), FLOATS, device)
-        check_tensor("grads", i, grad, k if compact else param.numel(), _GRADS, device)
+        check_tensor("grads", i, grad, k if compact else param.numel(), FLOATS, device)
         check_tensor("indices", i, index, k, INDICES, device)
         if master.numel():
             check_tensor("masters", i, master, k, FLOAT32, device)
         check_tensor("steps", i, step, 1, FLOAT32, device)
         for name, tensors in states.items():
             check_tensor(name, i, tensors[i], k, FLOAT32, device)
-        key = (FLOATS[param.dtype], _GRADS[grad.dtype], INDICES[index.dtype], compact, master.numel() > 0)
+        key = (FLOATS[param.dtype], FLOATS[grad.dtype], INDICES[index.dtype], compact, master.numel() > 0)
         columns = (index, grad, param, master, step, *(tensors[i] for tensors in states.values()))
         groups.setdefault(key, []).append((k, *(tensor.data_ptr() for tensor in columns)))
     launch(

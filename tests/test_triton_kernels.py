@@ -1,0 +1,288 @@
+"""What the Triton backend holds beyond agreeing with the reference: tables, tiles, far addresses, odd bits, errors."""
+
+import importlib
+
+import pytest
+import torch
+
+from sparseft import kernels, testing
+from sparseft.kernels import multi_tensor
+
+fisher_linear = importlib.import_module("sparseft.kernels.fisher_linear")
+# without a GPU the kernels run in Triton's interpreter
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+FAR = 2**31 + 100
+ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+
+
+def tensor(values, dtype=torch.float32):
+    return torch.tensor(values, dtype=dtype, device=DEVICE)
+
+
+def randn(*shape, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape))).to(DEVICE, dtype)
+
+
+def optimizer_lists(k, param_dtype, grad_dtype, master):
+    """One parameter of 3 k weights, of which every third is selected: the lists that both optimizers take."""
+    param, grad = randn(3 * k, dtype=param_dtype), randn(3 * k, dtype=grad_dtype)
+    index = torch.arange(0, 3 * k, 3, dtype=torch.int32, device=DEVICE)
+    masters = param[::3].float() if master else tensor([])
+    return [param], [grad], [index], [randn(k)], [randn(k).abs()], [masters], [tensor(3.0)]
+
+
+def joined(*calls):
+    return tuple([item for lists in arguments for item in lists] for arguments in zip(*calls, strict=True))
+
+
+def count_launches(monkeypatch, module, kernel):
+    module = importlib.import_module(f"sparseft.kernels.{module}")
+    original, grids = getattr(module, kernel), []
+
+    class Counting:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return original[grid]
+
+    monkeypatch.setattr(module, kernel, Counting())
+    return grids
+
+
+def test_table_sends_every_element_to_exactly_one_program():
+    rows = ((5, 70), (0, 71), (4, 72), (9, 73))
+    table, programs = multi_tensor.make_table(rows, 4, torch.device("cpu"))
+    table = table.tolist()
+    found = []
+    for row, start in zip(table[0 : 2 * programs : 2], table[1 : 2 * programs : 2], strict=True):
+        size, address = table[row], table[row + 1]
+        found += [(address, element) for element in range(start, min(start + 4, size))]
+    assert found == [(address, element) for size, address in rows for element in range(size)]
+
+
+def test_table_is_made_anew_when_sizes_change_and_not_when_nothing_does():
+    first = multi_tensor.cached_table(((5, 70),), 4, DEVICE)
+    assert multi_tensor.cached_table(((5, 70),), 4, DEVICE)[0] is first[0]
+    assert multi_tensor.cached_table(((9, 70),), 4, DEVICE)[1] == 3
+
+
+@pytest.mark.parametrize("k", [1, multi_tensor.CHUNK - 1, multi_tensor.CHUNK, multi_tensor.CHUNK + 1])
+def test_list_kernels_at_the_edges_of_a_chunk(k):
+    source, index = randn(2 * k), torch.arange(1, 2 * k, 2, device=DEVICE)
+    assert torch.equal(kernels.gather([source], [index])[0], source[1::2])
+    sample = testing.Sample(f"k {k}", optimizer_lists(k, torch.float32, torch.float32, False), ADAMW)
+    testing.assert_matches_reference("adamw_", kernels.adamw_, sample)
+
+
+@pytest.mark.parametrize("op", ["adamw_", "sgd_"])
+def test_one_step_is_one_launch_for_each_kind_of_dtypes(monkeypatch, op):
+    grids = count_launches(monkeypatch, op.rstrip("_"), f"_{op}kernel")
+    kinds = [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, True)]
+    lists = joined(*(optimizer_lists(k, *kind) for k in (3, 2000, 7, 50) for kind in kinds))
+    lists, options = (lists, ADAMW) if op == "adamw_" else (lists[:4] + lists[5:], SGD)
+    getattr(kernels, op)(*lists, **options)
+    assert grids == [(5,), (5,)]
+
+
+@pytest.mark.parametrize("op", ["adamw_", "sgd_"])
+@pytest.mark.parametrize("param_dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("grad_dtype", testing.DTYPES, ids=str)
+def test_optimizers_take_gradients_of_other_dtypes(op, param_dtype, grad_dtype):
+    lists = optimizer_lists(40, param_dtype, grad_dtype, param_dtype != torch.float32)
+    lists, options = (lists, ADAMW) if op == "adamw_" else (lists[:4] + lists[5:], SGD)
+    testing.assert_matches_reference(op, getattr(kernels, op), testing.Sample("mixed", lists, options))
+
+
+def test_optimizer_takes_strided_gradients_and_16_bit_weights_without_a_master():
+    lists = optimizer_lists(40, torch.bfloat16, torch.bfloat16, False)
+    lists[1][0] = randn(120, 2, dtype=torch.bfloat16)[:, 1]
+    testing.assert_matches_reference("adamw_", kernels.adamw_, testing.Sample("strided", lists, ADAMW))
+
+
+def test_weight_changed_from_outside_wins_over_its_master():
+    lists = optimizer_lists(40, torch.float16, torch.float32, True)
+    lists[0][0][::6] += 1
+    testing.assert_matches_reference("adamw_", kernels.adamw_, testing.Sample("swapped in", lists, ADAMW))
+
+
+@pytest.mark.parametrize("step", [1, 2, 30, 500, 10**6])
+@pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.999999), (0.99, 0.5)])
+def test_bias_correction_keeps_full_precision(step, betas):
+    """From zero weights the update itself is compared: 1 - beta2**step in plain fp32 would spoil its fifth digit."""
+    lists = optimizer_lists(40, torch.float32, torch.float32, False)
+    lists[0][0].zero_()
+    lists[6][0].fill_(step)
+    options = {**ADAMW, "beta1": betas[0], "beta2": betas[1]}
+    testing.assert_matches_reference("adamw_", kernels.adamw_, testing.Sample("from zero", lists, options), ulps=4)
+
+
+def test_steps_follow_tensors_that_moved():
+    """A table of addresses outlives the tensors it was made for; it must not be used for others."""
+    for _ in range(3):
+        lists = optimizer_lists(2000, torch.float32, torch.float32, False)
+        testing.assert_matches_reference("adamw_", kernels.adamw_, testing.Sample("moved", lists, ADAMW))
+
+
+def test_list_kernels_reach_beyond_2_to_the_31_elements():
+    far = tensor([3, FAR - 90, FAR - 1], torch.int64)
+    source = torch.empty(FAR, dtype=torch.int8, device=DEVICE)
+    source[far] = tensor([5, 6, 7], torch.int8)
+    assert kernels.gather([source], [far])[0].tolist() == [5, 6, 7]
+    values = tensor([1, 2, 3], torch.int8)
+    kernels.delta_swap_([source], [far], [values])
+    assert (values.tolist(), source[far].tolist()) == ([5, 6, 7], [1, 2, 3])
+    param = torch.empty(FAR, dtype=torch.float16, device=DEVICE)
+    param[far] = 1
+    lists = [param], [tensor([1.0, 1.0, -1.0])], [far], [torch.zeros(3, device=DEVICE)], [tensor([])], [tensor(1.0)]
+    kernels.sgd_(*lists, lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0)
+    assert param[far].tolist() == [0.5, 0.5, 1.5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_delta_swap_keeps_every_bit_and_undoes_itself(dtype):
+    bits = torch.randint(0, 2 if dtype == torch.bool else 256, (64 * dtype.itemsize,), dtype=torch.uint8).to(DEVICE)
+    param, index = bits.view(dtype), torch.arange(0, 64, 2, dtype=torch.int32, device=DEVICE)
+    value = param.flip(0)[:32].clone()
+    before, wanted = param.clone(), param.clone()
+    wanted[::2] = value
+    replaced = before[::2].clone()
+    kernels.delta_swap_([param], [index], [value])
+    assert torch.equal(param.view(torch.uint8), wanted.view(torch.uint8))
+    assert torch.equal(value.view(torch.uint8), replaced.view(torch.uint8))
+    kernels.delta_swap_([param], [index], [value])
+    assert torch.equal(param.view(torch.uint8), before.view(torch.uint8))
+
+
+def test_topk_tells_neighbouring_numbers_apart_in_all_their_bits():
+    """Scores that share their upper half, subnormal numbers, the largest ones, both signs; several chunks."""
+    bits = torch.cat([torch.arange(3000) + first for first in (0, 0x3F7FF000, 0x7F7FFFFF - 2999)]).to(torch.int32)
+    scores = torch.cat([bits.view(torch.float32), -bits.view(torch.float32)]).to(DEVICE)
+    scores = scores[torch.randperm(18000, generator=torch.Generator().manual_seed(0)).to(DEVICE)]
+    for k in (2999, 9001, 17000):
+        sample = testing.Sample(f"k {k}", ([scores[:7000], scores[7000:]], k))
+        testing.assert_matches_reference("topk_indices", kernels.topk_indices, sample)
+
+
+def test_topk_ranks_scores_of_mixed_dtypes_together():
+    scores = [randn(300 + i).to(dtype) for i, dtype in enumerate(testing.DTYPES)] + [randn(5000).half()]
+    scores.append(scores[0].bfloat16().float())
+    for k in (10, 1000):
+        testing.assert_matches_reference("topk_indices", kernels.topk_indices, testing.Sample("mixed", (scores, k)))
+
+
+def test_topk_counts_scores_that_are_not_finite_and_only_them():
+    largest = torch.finfo(torch.float32).max
+    scores = tensor([largest, -largest, 0.0, float("inf"), float("-inf"), float("nan"), -float("nan")])
+    with pytest.raises(ValueError, match="must be finite, got 4 NaN or infinite"):
+        kernels.topk_indices([scores], 2)
+    assert kernels.topk_indices([scores[:3]], 2)[0].tolist() == [0, 2]
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("hopper", [True, False])
+def test_fisher_is_the_same_from_every_tile(dtype, hopper):
+    """On a weight of more rows of tiles than are grouped, with sides that are no multiple of any tile."""
+    x, dy, weight = randn(2, 35, 70, dtype=dtype), randn(2, 35, 530, dtype=dtype), tensor([0.5, 2.0])
+    sample = testing.Sample("tiles", (torch.ones(530, 70, device=DEVICE), x, dy, weight))
+    for aligned in (True, False):
+        for tile in fisher_linear.tiles(dtype, aligned, hopper):
+            testing.assert_matches_reference(
+                "fisher_linear_", lambda *args, tile=tile: fisher_linear.launch(*args, tile), sample
+            )
+
+
+def test_fisher_takes_the_largest_tile_that_occupies_the_gpu(monkeypatch):
+    monkeypatch.setattr(fisher_linear, "_gpu", lambda device: (True, 132))
+    wanted = {(3072, 768): (128, 128, 64), (1536, 768): (64, 128, 64), (256, 256): (64, 64, 64)}
+    for (o, i), tile in wanted.items():
+        x, dy = torch.empty(1, 100, i, dtype=torch.bfloat16), torch.empty(1, 100, o, dtype=torch.bfloat16)
+        assert fisher_linear.choose_tile(torch.empty(o, i), x, dy)[:3] == tile
+        assert fisher_linear.choose_tile(torch.empty(o, i), x[:, :20], dy[:, :20])[2] == 32
+    assert fisher_linear.choose_tile(torch.empty(3072, 768), x[..., 1:], dy)[:3] == (64, 64, 32)
+
+
+@pytest.mark.parametrize("stride", [(FAR, 30), (30, FAR // 2)])
+def test_fisher_reaches_beyond_2_to_the_31_elements(stride):
+    x = torch.empty(FAR + 100, dtype=torch.float16, device=DEVICE).as_strided((2, 3, 30), (*stride, 1))
+    x.copy_(randn(2, 3, 30))
+    fisher, dy = torch.zeros(20, 30, device=DEVICE), randn(2, 3, 20, dtype=torch.float16)
+    sample = testing.Sample("far", (fisher, x.clone(), dy))
+    testing.assert_matches_reference("fisher_linear_", lambda f, _, d: kernels.fisher_linear_(f, x, d), sample)
+
+
+def test_fisher_writes_into_a_view_and_leaves_the_rest():
+    """A slice of a packed weight's Fisher, and the transposed Fisher of a weight stored [in, out]."""
+    x, dy = randn(2, 20, 50), randn(2, 20, 40)
+    plain, packed, stored = (torch.zeros(*shape, device=DEVICE) for shape in [(40, 50), (120, 50), (50, 40)])
+    kernels.fisher_linear_(plain, x, dy)
+    kernels.fisher_linear_(packed[40:80], x, dy)
+    kernels.fisher_linear_(stored.T, x, dy)
+    assert torch.equal(packed, torch.cat([torch.zeros_like(plain), plain, torch.zeros_like(plain)]))
+    assert torch.equal(stored, plain.T)
+
+
+def test_fisher_of_features_that_are_not_contiguous():
+    x, dy = randn(2, 50, 20).transpose(1, 2), randn(2, 20, 1).expand(2, 20, 40)
+    sample = testing.Sample("strided features", (torch.zeros(40, 50, device=DEVICE), x, dy))
+    testing.assert_matches_reference("fisher_linear_", lambda f, *_: kernels.fisher_linear_(f, x, dy), sample)
+    assert not x.is_contiguous()
+
+
+META = torch.device("meta")
+BAD_LISTS = {
+    "a list is shorter": (lambda lists: lists[2].pop(), ValueError, "one tensor a parameter"),
+    "indices are floats": (lambda lists: lists[2].append(lists[2].pop().float()), TypeError, r"indices\[1\].*int32"),
+    "a parameter is strided": (
+        lambda lists: lists[0].append(lists[0].pop()[::2]),
+        ValueError,
+        r"params\[1\].*strided",
+    ),
+    "a parameter is int8": (lambda lists: lists[0].append(lists[0].pop().char()), TypeError, r"params\[1\].*int8"),
+    "a gradient has no right size": (lambda lists: lists[1].append(lists[1].pop()[:20]), ValueError, r"grads\[1\]"),
+    "a state is bf16": (lambda lists: lists[3].append(lists[3].pop().bfloat16()), TypeError, r"exp_avgs\[1\].*bfloat"),
+    "a state is short": (lambda lists: lists[4].append(lists[4].pop()[1:]), ValueError, r"exp_avg_sqs\[1\].* 39 "),
+    "a master is short": (lambda lists: lists[5].append(lists[3][0][1:]), ValueError, "one tensor a parameter"),
+    "a step is elsewhere": (lambda lists: lists[6].append(lists[6].pop().to(META)), ValueError, r"steps\[1\].*meta"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "error", "message"), BAD_LISTS.values(), ids=BAD_LISTS.keys())
+def test_optimizer_refuses_what_would_be_a_stray_write(spoil, error, message):
+    lists = joined(*(optimizer_lists(40, torch.float32, torch.float32, False) for _ in range(2)))
+    spoil(lists)
+    before = lists[0][0].clone()
+    with pytest.raises(error, match=message):
+        kernels.adamw_(*lists, **ADAMW)
+    assert torch.equal(lists[0][0], before)
+
+
+def test_launchers_refuse_bad_arguments():
+    scores, x = randn(10), torch.zeros(2, 3, 4, device=DEVICE)
+    bad_calls = [
+        (kernels.topk_indices, ([], 1), ValueError, "at least one"),
+        (kernels.topk_indices, ([scores.double()], 1), TypeError, "float64"),
+        (kernels.topk_indices, ([scores], 11), ValueError, "from 0 to the number of scores, 10, got 11"),
+        (kernels.topk_indices, ([scores, scores.to(META)], 1), ValueError, r"scores\[1\] must be on"),
+        (kernels.gather, ([scores], [scores]), TypeError, r"indices\[0\]"),
+        (
+            kernels.delta_swap_,
+            ([scores], [tensor([1], torch.int64)], [tensor([1.0]).half()]),
+            TypeError,
+            r"values\[0\].*float16",
+        ),
+        (kernels.fisher_linear_, (torch.zeros(5, 4, device=DEVICE), x, x), ValueError, r"\(4, 4\), got \(5, 4\)"),
+        (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x[:, :2]), ValueError, "x and dy must be"),
+        (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x.half()), TypeError, "float16"),
+        (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE).half(), x, x), TypeError, "fisher must be float32"),
+        (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x, tensor([1.0])), ValueError, "sample_weight"),
+    ]
+    for function, arguments, error, message in bad_calls:
+        with pytest.raises(error, match=message):
+            function(*arguments)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+def test_list_kernels_refuse_capture_in_a_cuda_graph():
+    source, index = randn(100), torch.arange(10, device=DEVICE)
+    with pytest.raises(RuntimeError, match="outside of the graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.gather([source], [index])
