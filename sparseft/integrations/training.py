@@ -251,6 +251,8 @@ def _fit(
             per_device_train_batch_size=batch_size,
             max_grad_norm=0.0,
             seed=seed,
+            # padding is computed like text, and half of a batch in random order is padding
+            train_sampling_strategy="group_by_length",
             save_strategy="no",
             logging_strategy="no",
             report_to="none",
