@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import statistics
 import subprocess
 import sys
 import time
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import provenance
+import pytest
 import torch
 
 from sparseft import ops, testing
@@ -55,7 +57,11 @@ class Floor:
 
 def on_devices(shapes: Mapping[str, list[tuple[Any, ...]]]) -> list[Any]:
     """Return (device, *shape) for `pytest.mark.parametrize`, for the devices that are here."""
-    return [(device, *shape) for device in testing.devices() for shape in shapes[device]]
+    return [
+        pytest.param(device, *shape, id="-".join(str(part) for part in (device, *shape)).replace("torch.", ""))
+        for device in testing.devices()
+        for shape in shapes[device]
+    ]
 
 
 def compare(
@@ -65,14 +71,15 @@ def compare(
     baselines: Mapping[str, Call],
     *,
     rounds: int,
+    warm: int = 0,
     floor: Floor | None = None,
     peaks: Mapping[str, int | None] | None = None,
     sizes: Mapping[str, int] | None = None,
 ) -> None:
-    """Time an implementation and its baselines in turn, `rounds` times each.
+    """Time an implementation and its baselines in turn, `rounds` times each. What is timed must be checked before.
 
     Load on a shared machine then falls on all of them alike, and each starts with the caches as the others left them,
-    as it would between a backward pass and the next batch. What is timed must have been checked before.
+    as a step does after a backward pass.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -80,6 +87,7 @@ def compare(
         ours: the implementation.
         baselines: name -> call; ratios are to the first.
         rounds: number of measurements of each.
+        warm: how often to call each untimed before it is timed, so that the caches hold what it left there.
         floor: what must be moved and computed.
         peaks: name -> peak bytes above what was there before the call; ours under the case's backend.
         sizes: name -> bytes of what comes out, ours under the case's backend; gets rows of its own.
@@ -90,16 +98,17 @@ def compare(
 
     def baselines_in_turn() -> None:
         for name, call in baselines.items():
+            for _ in range(warm):
+                call()
             seconds[name].append(_seconds(call, case.device))
+        for _ in range(warm):
+            ours()
+        _synchronize(case.device)
 
     def ours_to_the_end() -> None:
         ours()
         _synchronize(case.device)
 
-    baselines_in_turn()
-    ours_to_the_end()
-    for warm_up in seconds.values():
-        warm_up.clear()
     benchmark.pedantic(ours_to_the_end, setup=baselines_in_turn, rounds=rounds)
     benchmark.group = f"{case.op} {case.shape}"
     benchmark.extra_info.update(
@@ -136,15 +145,13 @@ def lines_touched(indices: list[torch.Tensor], itemsize: int, device: str) -> in
     return line * sum((index.long() * itemsize // line).unique().numel() for index in indices)
 
 
-def peak_bytes(workload: str, device: str) -> int | None:
-    """Return the peak memory of a workload of memory.py above what it started with, measured in its own process."""
+def peak_bytes(workload: str, device: str, *details: object) -> int | None:
+    """Return the peak memory of a workload of memory.py above what it started with: the median of three processes."""
     if device == "cpu" and sys.platform != "linux":
         return None  # only Linux can reset a process's peak
     script = Path(__file__).with_name("memory.py")
-    run = subprocess.run([sys.executable, script, workload, device], capture_output=True, text=True)
-    if run.returncode:
-        raise RuntimeError(f"memory.py {workload} {device} failed:\n{run.stderr}")
-    return int(run.stdout)
+    command = [sys.executable, str(script), workload, device, *map(str, details)]
+    return statistics.median(_output(command) for _ in range(3))
 
 
 def machine() -> dict[str, Any]:
@@ -159,6 +166,13 @@ def machine() -> dict[str, Any]:
         "commit": stamp["commit"],
         "date": stamp["date"],
     }
+
+
+def _output(command: list[str]) -> int:
+    run = subprocess.run(command, capture_output=True, text=True)
+    if run.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{run.stderr}")
+    return int(run.stdout)
 
 
 def _name(dtype: torch.dtype) -> str:

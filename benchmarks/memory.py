@@ -1,4 +1,7 @@
-"""Print the peak memory of one workload above what was there before it, in bytes: `python memory.py WORKLOAD DEVICE`.
+"""Print the peak memory of one workload above what was there before it, in bytes.
+
+    python benchmarks/memory.py estimate_fisher cpu MiniLM 16 128
+    python benchmarks/memory.py topk_indices cpu
 
 A process of its own for each: the allocator keeps what earlier work freed, which would hide what the next takes.
 """
@@ -15,33 +18,28 @@ import workloads
 
 from sparseft.integrations.measure import peak_memory, reset_peak_memory
 
-Pass = Callable[[Any, dict[str, torch.Tensor]], Any]
-PASSES: dict[str, Pass] = {
-    "forward_backward": workloads.forward_backward,
-    "published_loop": workloads.published_loop,
-    "tuned_loop": workloads.tuned_loop,
-    "sparseft_pass": workloads.sparseft_pass,
-}
 SELECTIONS: dict[str, Callable[[list[torch.Tensor], int], Any]] = {
     "topk_of_cat": workloads.topk_of_cat,
     "topk_indices": torch.ops.sparseft.topk_indices,
 }
 
 
-def prepare(workload: str, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return a small run, which loads what is loaded once, and the run to measure; its inputs are in memory."""
-    if workload in PASSES:
-        model, run = workloads.encoder(device), PASSES[workload]
-        small, full = workloads.batch(device, 2, 8), workloads.batch(device)
-        return lambda: (run(model, small), model.zero_grad()), lambda: run(model, full)
-    run = SELECTIONS[workload]
-    small, full = workloads.scores(device, 2, 100), workloads.scores(device)
-    return lambda: run(small, 10), lambda: run(full, workloads.K)
+    if workload in SELECTIONS:
+        run = SELECTIONS[workload]
+        few, many = workloads.scores(device, 2, 100), workloads.scores(device)
+        return lambda: run(few, 10), lambda: run(many, workloads.K)
+    name, samples, tokens = details
+    model, run = workloads.MODELS[name](device), workloads.PASSES[workload]
+    small = workloads.batches(name, device, 1, 2, 8)
+    full = workloads.batches(name, device, 1, int(samples), int(tokens))
+    return lambda: (run(model, small), model.zero_grad()), lambda: run(model, full)
 
 
-def settle(device: str) -> int:
+def settle() -> int:
     """Give freed memory back to the system and forget the peak; return what is in use."""
-    if device == "cuda":
+    if torch.cuda.is_available():
         torch.cuda.empty_cache()
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
@@ -51,8 +49,8 @@ def settle(device: str) -> int:
 
 
 if __name__ == "__main__":
-    warm_up, measured = prepare(sys.argv[1], sys.argv[2])
+    warm_up, measured = prepare(*sys.argv[1:])
     warm_up()
-    before = settle(sys.argv[2])
+    before = settle()
     measured()
     print(max(0, peak_memory() - before))

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 import sparseft
-from sparseft import testing
 
+Batch = dict[str, Tensor]
 # 25 M entries in all, of which half a percent is chosen
 TENSORS, ENTRIES, K = 25, 1_000_000, 125_000
 
@@ -24,28 +24,53 @@ def encoder(device: str) -> nn.Module:
     return BertForSequenceClassification(config).to(device).eval()
 
 
-def batch(device: str, samples: int = 16, tokens: int = 128) -> dict[str, Tensor]:
-    """Return random token ids and labels, without padding."""
+def decoder(device: str, width: int = 2048, layers: int = 24) -> nn.Module:
+    """Return a Llama, 1.36 B random bf16 weights."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=width,
+        intermediate_size=11 * width // 4,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 128,
+        vocab_size=32000,
+        pad_token_id=0,
+    )
+    with torch.device(device):
+        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+
+
+MODELS = {"MiniLM": encoder, "Llama of 1.36 B": decoder}
+
+
+def batches(name: str, device: str, number: int, samples: int, tokens: int) -> list[Batch]:
+    """Return batches for a model, of random token ids and labels, without padding."""
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(1000, 30000, (samples, tokens), generator=generator)
-    labels = torch.randint(0, 2, (samples,), generator=generator)
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    return {name: value.to(device) for name, value in inputs.items()}
+    made = []
+    for _ in range(number):
+        ids = torch.randint(1000, 30000, (samples, tokens), generator=generator)
+        classes = torch.randint(0, 2, (samples,), generator=generator)
+        labels = classes if MODELS[name] is encoder else ids
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+        made.append({key: value.to(device) for key, value in inputs.items()})
+    return made
 
 
-def forward_backward(model: nn.Module, batch: dict[str, Tensor]) -> None:
-    """Run the ordinary pass: gradients of the batch's mean loss in `.grad`."""
-    model.zero_grad(set_to_none=True)
-    model(**batch).loss.backward()
+def forward_backward(model: nn.Module, data: list[Batch]) -> None:
+    """Run the ordinary pass: gradients of each batch's mean loss in `.grad`."""
+    for batch in data:
+        model.zero_grad(set_to_none=True)
+        model(**batch).loss.backward()
 
 
-def published_loop(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Fisher information the way its authors published it: batch size 1, squares added up.
+def published_loop(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
+    """Return the Fisher information, summed over samples, as its authors compute it: batch size 1, squares added up.
 
     Source: FISH Mask, arXiv 2111.09839.
     """
-    scores = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for sample in _samples(batch):
+    scores = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in model.named_parameters()}
+    for sample in _samples(data):
         model.zero_grad()
         model(**sample).loss.backward()
         for name, parameter in model.named_parameters():
@@ -53,31 +78,50 @@ def published_loop(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tens
     return scores
 
 
-def tuned_loop(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the same with what is easily won: no gradient buffers zeroed, squares added in place."""
+def tuned_loop(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
+    """Return the same with what is easily won: no `.grad`, squares added in place."""
     parameters = dict(model.named_parameters())
-    scores = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for sample in _samples(batch):
+    scores = {name: torch.zeros_like(parameter, dtype=torch.float32) for name, parameter in parameters.items()}
+    for sample in _samples(data):
         grads = torch.autograd.grad(model(**sample).loss, list(parameters.values()))
         for score, grad in zip(scores.values(), grads, strict=True):
             score.addcmul_(grad, grad)
     return scores
 
 
-def sparseft_pass(model: nn.Module, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return the Fisher information by one backward pass, its mean over the samples times their number."""
-    return sparseft.estimate_fisher(model, [batch], progress=False)
+def estimate_fisher(model: nn.Module, data: list[Batch]) -> dict[str, Tensor]:
+    """Return the Fisher information, its mean over samples, in one backward pass a batch."""
+    return sparseft.estimate_fisher(model, data, progress=False)
 
 
-def forward_backward_flops(model: nn.Module, samples: int, tokens: int) -> int:
-    """Return the multiply-adds, times two, of the products of an encoder's pass: weights and attention.
+PASSES = {
+    "estimate_fisher": estimate_fisher,
+    "forward_backward": forward_backward,
+    "published_loop": published_loop,
+    "tuned_loop": tuned_loop,
+}
+
+
+def forward_backward_flops(model: nn.Module, data: list[Batch]) -> int:
+    """Return the multiply-adds, times two, of the matrix products of a pass: weights at every token, and attention.
 
     Each product of the forward pass has two of its size in the backward pass.
     """
-    linears = [module for name, module in model.named_modules() if isinstance(module, nn.Linear) and ".layer." in name]
+    once = ("pooler", "classifier")
+    linears = [
+        module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not any(part in name for part in once)
+    ]
     weights = sum(linear.weight.numel() for linear in linears)
-    attention = 2 * tokens * model.config.hidden_size * model.config.num_hidden_layers
-    return 3 * 2 * samples * tokens * (weights + attention)
+    flops = 0
+    for batch in data:
+        samples, tokens = batch["input_ids"].shape
+        attention = 2 * tokens * model.config.hidden_size * model.config.num_hidden_layers
+        if hasattr(model, "lm_head"):  # a decoder looks back only
+            attention //= 2
+        flops += 3 * 2 * samples * tokens * (weights + attention)
+    return flops
 
 
 def scores(device: str, tensors: int = TENSORS, entries: int = ENTRIES) -> list[Tensor]:
@@ -91,27 +135,33 @@ def topk_of_cat(scores: list[Tensor], k: int = K) -> Tensor:
     return torch.topk(torch.cat(scores), k, sorted=False).indices
 
 
-def parameters(shapes: list[torch.Size], device: str, dtype: torch.dtype = torch.float32) -> list[nn.Parameter]:
+def parameters(shapes: list[torch.Size], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
     """Return random parameters with random gradients."""
     generator = torch.Generator(device).manual_seed(0)
-    made = []
+
+    def random(shape: torch.Size) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype)
+
+    made: list[Tensor] = []
     for shape in shapes:
-        parameter = nn.Parameter(torch.randn(shape, generator=generator, device=device).to(dtype))
-        parameter.grad = torch.randn(shape, generator=generator, device=device).to(dtype)
-        made.append(parameter)
+        made.append(nn.Parameter(random(shape)))
+        made[-1].grad = random(shape)
     return made
 
 
-def selection(params: list[nn.Parameter], density: float) -> list[Tensor]:
+def selection(tensors: list[Tensor], density: float) -> list[Tensor]:
     """Return index lists drawn evenly: the hardest case, no two entries share a memory line except by chance."""
-    generator = torch.Generator().manual_seed(0)
+    device = tensors[0].device
+    generator = torch.Generator(device).manual_seed(0)
     chosen = []
-    for param in params:
-        k = max(1, round(density * param.numel()))
-        chosen.append(testing.random_indices(param.numel(), k, generator).to(param.device))
+    for tensor in tensors:
+        k = max(1, round(density * tensor.numel()))
+        order = torch.randperm(tensor.numel(), generator=generator, device=device)
+        chosen.append(order[:k].sort().values.int())
     return chosen
 
 
-def _samples(batch: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-    for n in range(len(batch["labels"])):
-        yield {name: value[n : n + 1] for name, value in batch.items()}
+def _samples(data: list[Batch]) -> Iterator[Batch]:
+    for batch in data:
+        for n in range(len(batch["labels"])):
+            yield {name: value[n : n + 1] for name, value in batch.items()}
