@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparseft.optim.base import SparseOptimizer
+from sparseft.optim.base import SparseOptimizer, Step
 
 
 class SparseAdamW(SparseOptimizer):
@@ -50,21 +50,18 @@ class SparseAdamW(SparseOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        indices: list[Tensor],
-        states: list[dict[str, Any]],
-        masters: list[Tensor],
-        steps: list[Tensor],
-        shared: dict[str, Any],
-    ) -> None:
+    def _update(self, group: dict[str, Any], step: Step) -> None:
         beta1, beta2 = group["betas"]
-        exp_avgs = [state["exp_avg"] for state in states]
-        exp_avg_sqs = [state["exp_avg_sq"] for state in states]
         torch.ops.sparseft.adamw_(
-            params, grads, indices, exp_avgs, exp_avg_sqs, masters, steps,
-            beta1=beta1, beta2=beta2, eps=group["eps"], **shared,
-        )  # fmt: skip
+            step.params,
+            step.grads,
+            step.indices,
+            step.state("exp_avg"),
+            step.state("exp_avg_sq"),
+            step.masters,
+            step.counts,
+            beta1=beta1,
+            beta2=beta2,
+            eps=group["eps"],
+            **step.options,
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from itertools import chain
@@ -15,6 +16,23 @@ from sparseft.mask import check_indices
 from sparseft.reference import index_dtype
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of one group: lists in the order of its parameters, and the options that every optimizer's op takes."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    indices: list[Tensor]
+    masters: list[Tensor]
+    counts: list[Tensor]
+    states: list[dict[str, Any]]
+    options: dict[str, Any]
+
+    def state(self, name: str) -> list[Tensor]:
+        """Return the state of that name of every parameter."""
+        return [state[name] for state in self.states]
 
 
 class SparseOptimizer(torch.optim.Optimizer):
@@ -126,7 +144,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             state["master"] if "master" in state else _no_master(param.device)
             for state, param in zip(states, params, strict=True)
         ]
-        self._update(group, params, grads, indices, states, masters, steps, shared)
+        self._update(group, Step(params, grads, indices, masters, steps, states, shared))
 
     def _param_state(self, group: dict[str, Any], param: Tensor, index: Tensor) -> dict[str, Any]:
         state: dict[str, Any] = self.state[param]
@@ -143,17 +161,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Return the names of the k-sized states an optimizer keeps."""
         raise NotImplementedError
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        indices: list[Tensor],
-        states: list[dict[str, Any]],
-        masters: list[Tensor],
-        steps: list[Tensor],
-        shared: dict[str, Any],
-    ) -> None:
+    def _update(self, group: dict[str, Any], step: Step) -> None:
         """Call the optimizer's op: the only method, with `_state_names`, that a new optimizer writes."""
         raise NotImplementedError
 

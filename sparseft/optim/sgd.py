@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from sparseft.optim.base import SparseOptimizer
+from sparseft.optim.base import SparseOptimizer, Step
 
 
 class SparseSGD(SparseOptimizer):
@@ -55,22 +55,17 @@ class SparseSGD(SparseOptimizer):
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        indices: list[Tensor],
-        states: list[dict[str, Any]],
-        masters: list[Tensor],
-        steps: list[Tensor],
-        shared: dict[str, Any],
-    ) -> None:
-        if group["momentum"]:
-            buffers = [state["momentum_buffer"] for state in states]
-        else:
-            buffers = [master[:0] for master in masters]
+    def _update(self, group: dict[str, Any], step: Step) -> None:
+        momentum = group["momentum"]
         torch.ops.sparseft.sgd_(
-            params, grads, indices, buffers, masters, steps,
-            momentum=group["momentum"], dampening=group["dampening"], nesterov=group["nesterov"], **shared,
-        )  # fmt: skip
+            step.params,
+            step.grads,
+            step.indices,
+            step.state("momentum_buffer") if momentum else [master[:0] for master in step.masters],
+            step.masters,
+            step.counts,
+            momentum=momentum,
+            dampening=group["dampening"],
+            nesterov=group["nesterov"],
+            **step.options,
+        )
