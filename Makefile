@@ -22,6 +22,7 @@ lint: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/pytest benchmarks --benchmark-only --benchmark-json=.benchmarks/last.json
 	$(BIN)/python benchmarks/record.py .benchmarks/last.json
+	$(BIN)/python benchmarks/table.py
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info sparseft/*.so .benchmarks
