@@ -1,0 +1,107 @@
+"""Try one grid of learning rates for every method: where the default rates of `sparseft train` come from.
+
+    python benchmarks/sweep.py cpu2            # adds rows to results/sweep-cpu2.csv, some minutes on two cores
+
+The rows are short runs on the demo's training rows alone: a part of them is held out to measure on, so that the demo's
+own dev rows have no say in the choice. Every rate starts from the same weights, mask, seed and order of rows.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import sys
+import time
+from typing import Any
+
+import provenance
+import torch
+import transformers
+
+from sparseft.integrations import encoding, examples, models, training
+
+sys.path.append(str(provenance.ROOT / "examples"))
+import docstrings
+
+# from too slow for any method to too fast for any, by half decades
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+HELD_OUT = 0.2
+
+
+def held_out(seed: int) -> examples.Splits:
+    """Return the demo's training rows, part of them set apart to measure on."""
+    data = docstrings.build(seed)
+    order = random.Random(seed + 1).sample(data.train, len(data.train))
+    count = round(HELD_OUT * len(order))
+    return examples.prepare(order[count:], order[:count])
+
+
+def try_rates(method: str, rates: list[float], splits: examples.Splits, options: argparse.Namespace) -> None:
+    """Train once for each rate from the same start, and record each run as soon as it ends."""
+    loaded = models.load(models.minilm(), splits, seed=options.seed)
+    encoded = encoding.encode(splits, loaded.tokenizer, options.max_length)
+    mask = training.choose(loaded, encoded, method, options.density, batch_size=options.batch_size, seed=options.seed)
+    for rate in rates:
+        model = models.load(models.minilm(), splits, seed=options.seed).model
+        started = time.perf_counter()
+        try:
+            result = training.train(
+                model,
+                encoded,
+                mask,
+                lr=rate,
+                max_steps=options.steps,
+                batch_size=options.batch_size,
+                seed=options.seed,
+                progress=False,
+            )
+            accuracy, loss = result.evaluation.metrics["accuracy"], _loss(result.evaluation.outputs, encoded.dev)
+        except RuntimeError as error:
+            if "diverged" not in str(error):
+                raise
+            accuracy, loss = 0.0, float("inf")
+        row = {
+            "method": method,
+            "lr": rate,
+            "accuracy": round(accuracy, 4),
+            "loss": round(loss, 4),
+            "density": options.density,
+            "steps": options.steps,
+            "batch_size": options.batch_size,
+            "max_length": options.max_length,
+            "seed": options.seed,
+            "train_rows": len(encoded.train),
+            "held_out_rows": len(encoded.dev),
+            "seconds": round(time.perf_counter() - started, 1),
+            **provenance.stamp(),
+        }
+        provenance.append(provenance.RESULTS / f"sweep-{options.machine}.csv", [row])
+        print(f"{method:9} {rate:7.0e}  accuracy {accuracy:.3f}  loss {loss:.3f}  {row['seconds']:.0f} s", flush=True)
+
+
+def _loss(outputs: torch.Tensor, rows: list[dict[str, Any]]) -> float:
+    """Return the mean cross-entropy in nats."""
+    return float(torch.nn.functional.cross_entropy(outputs, torch.tensor([row["labels"] for row in rows])))
+
+
+def main() -> None:
+    """Read the command line and try every method."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("machine", help="name of the results file")
+    parser.add_argument("--methods", nargs="+", choices=training.METHODS, default=list(training.METHODS))
+    parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--density", type=float, default=0.005)
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--max-length", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    splits = held_out(options.seed)
+    for method in options.methods:
+        try_rates(method, options.rates, splits, options)
+
+
+if __name__ == "__main__":
+    main()
