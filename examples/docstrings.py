@@ -25,8 +25,8 @@ from pathlib import Path
 
 MIN_ROWS = 3000
 MIN_CLASSES, MAX_CLASSES = 8, 12
-MIN_CLASS_ROWS, MAX_CLASS_ROWS = 100, 420
-MIN_WORDS, MAX_WORDS = 5, 32
+MIN_CLASS_ROWS, MAX_CLASS_ROWS = 100, 320
+MIN_WORDS, MAX_WORDS = 5, 24
 DEV_SHARE = 0.2
 # two rows are near-duplicates if this share of the words in either is in both ("Return the width of the widget."
 # against "Return the height of the widget." has 0.67), or if this many words in a row are the same

