@@ -4,9 +4,9 @@ SPARSEFT_CUDA=0 leaves the CUDA part out, SPARSEFT_CUDA=1 insists on it.
 """
 
 import os
-import subprocess
 from pathlib import Path
 
+import pybind11
 import torch
 from setuptools import setup
 from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
@@ -44,21 +44,17 @@ def with_cuda() -> bool:
     return missing is None and wanted != "0"
 
 
-def compiler() -> str:
-    command = [os.environ.get("CXX", "c++"), "--version"]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[0]
-
-
 def extension():
     cxx = ["-O3", "-std=c++17", "-fno-math-errno", "-fno-trapping-math", "-fvisibility=hidden", "-Wall", TARGET]
-    cxx.append(f'-DSPARSEFT_COMPILER="{compiler()}"')
+    # before torch's own copy of pybind11, which some versions of torch bar from code for the stable ABI
+    include = [pybind11.get_include()]
     if not with_cuda():
-        return CppExtension("sparseft._C", CPU_SOURCES, extra_compile_args={"cxx": cxx})
+        return CppExtension("sparseft._C", CPU_SOURCES, include_dirs=include, extra_compile_args={"cxx": cxx})
     # machine code for 8.0 to 9.x, and an intermediate form that drivers of newer GPUs translate
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", TARGET]
     flags = {"cxx": [*cxx, "-DUSE_CUDA"], "nvcc": nvcc}
-    return CUDAExtension("sparseft._C", CPU_SOURCES + CUDA_SOURCES, extra_compile_args=flags)
+    return CUDAExtension("sparseft._C", CPU_SOURCES + CUDA_SOURCES, include_dirs=include, extra_compile_args=flags)
 
 
 setup(ext_modules=[extension()], cmdclass={"build_ext": BuildExtension})

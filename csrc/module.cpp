@@ -1,8 +1,10 @@
 // The extension module sparseft._C. Importing it, after torch, registers the ops with PyTorch's dispatcher.
+#include <string>
+
+#include <pybind11/pybind11.h>
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
 #endif
-#include <pybind11/pybind11.h>
 #include <torch/headeronly/version.h>
 
 namespace py = pybind11;
@@ -20,7 +22,11 @@ py::dict build_info() {
     info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 #endif
     info["ops"] = ops;
-    info["compiler"] = SPARSEFT_COMPILER;
+#ifdef __clang__
+    info["compiler"] = __VERSION__;
+#else
+    info["compiler"] = "GCC " __VERSION__;
+#endif
     info["torch_built_with"] = TORCH_VERSION;
     info["torch_at_least"] = "2.10";
     return info;

@@ -17,10 +17,11 @@
 namespace sparseft {
 namespace {
 
-constexpr int64_t kTileRows = 256;
+constexpr int64_t kTileRows = 256;  // a tile, its buffer and one sample's rows of dy and x fill about 1 MiB
 constexpr int64_t kTileColumns = 512;
-constexpr int64_t kSmallestTile = 16;      // rows or columns, below which products get slow
-constexpr int64_t kOneTokenSamples = 256;  // that go into one product
+constexpr int64_t kSmallestTile = 16;        // rows or columns, below which products get slow
+constexpr int64_t kSmallestShare = 1 << 20;  // multiplications, below which a second thread costs more than it saves
+constexpr int64_t kOneTokenSamples = 256;    // that go into one product
 
 SPARSEFT_SIMD void add_squares(const float* __restrict product, float weight, int64_t n, float* __restrict fisher) {
     for (int64_t i = 0; i < n; ++i) fisher[i] += weight * (product[i] * product[i]);
@@ -103,7 +104,7 @@ Matrix readable(const Matrix& source, std::vector<float>& space) {
 void multiply(const Matrix& left, const Matrix& right, const Matrix& out) {
     using torch::stable::detail::from;
     std::array<StableIValue, 3> stack = {from(left.tensor()), from(right.tensor()), from(out.tensor())};
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
+    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
     torch::stable::detail::to<Tensor>(stack[0]);
 }
 
@@ -168,18 +169,17 @@ void add_one_token_tile(const Problem& p, const Tile& tile, Buffers& buffers) {
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Cut the weight into tiles of similar size, as many for each thread as for the others where it is large enough.
+// Cut the weight into tiles of similar size, as many for each thread as for the others unless they got too small.
 std::vector<Tile> tiles(int64_t rows, int64_t columns, int64_t threads) {
     int64_t down = ceil_div(rows, kTileRows), across = ceil_div(columns, kTileColumns);
-    const int64_t even_down =
-        ceil_div(down, threads / std::gcd(threads, across)) * (threads / std::gcd(threads, across));
-    const int64_t even_across =
-        ceil_div(across, threads / std::gcd(threads, down)) * (threads / std::gcd(threads, down));
-    if (rows >= even_down * kSmallestTile) {
-        down = even_down;
-    } else if (columns >= even_across * kSmallestTile) {
-        across = even_across;
-    }
+    const auto even_down = [&] {
+        const int64_t step = threads / std::gcd(threads, across);
+        return ceil_div(down, step) * step;
+    };
+    // where there are too few rows for all threads, columns are shared out too
+    while (rows < even_down() * kSmallestTile && across % threads != 0 && columns > across * kSmallestTile) ++across;
+    if (rows >= even_down() * kSmallestTile) down = even_down();
+
     std::vector<Tile> result;
     for (int64_t i = 0; i < down; ++i) {
         for (int64_t j = 0; j < across; ++j) {
@@ -231,7 +231,10 @@ void fisher_linear_(const Tensor& fisher, const Tensor& x, const Tensor& dy,
                           weight ? static_cast<const float*>(weight->data_ptr()) : nullptr,
                           static_cast<float*>(fisher.data_ptr())};
     const std::vector<Tile> work = tiles(problem.rows, problem.columns, torch::stable::get_num_threads());
-    torch::stable::parallel_for(0, static_cast<int64_t>(work.size()), 1, [&](int64_t begin, int64_t end) {
+    const int64_t count = static_cast<int64_t>(work.size());
+    const int64_t operations = x.numel() * problem.rows;
+    const int64_t grain = std::max<int64_t>(1, kSmallestShare * count / operations);
+    torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
         Buffers buffers;
         for (int64_t i = begin; i < end; ++i) {
             problem.tokens == 1 ? add_one_token_tile(problem, work[i], buffers) : add_tile(problem, work[i], buffers);
