@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -29,7 +30,7 @@ def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor
     Applies a delta and keeps what it replaced in one pass: the same call again restores it.
     """
     check_lengths(params=params, indices=indices, values=values)
-    groups: dict[tuple[tl.dtype, tl.dtype], list[Row]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype], list[Row]] = {}
     for i, (param, index, value) in enumerate(zip(params, indices, values, strict=True)):
         device, dtype, k = params[0].device, (param.dtype,), index.numel()
         check_tensor("params", i, param, param.numel(), dtype, device)
@@ -37,6 +38,6 @@ def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor
         check_tensor("values", i, value, k, dtype, device)
         if k:
             row = (k, index.data_ptr(), param.data_ptr(), value.data_ptr())
-            groups.setdefault((WORDS[param.element_size()], INDICES[index.dtype]), []).append(row)
+            groups.setdefault((WORDS[param.element_size()], index.dtype), []).append(row)
     if groups:
         launch(_delta_swap_kernel, groups, ("WORD", "INDEX"), params[0].device)

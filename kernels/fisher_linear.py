@@ -118,32 +118,29 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-def tiles(dtype: torch.dtype, aligned: bool, hopper: bool) -> tuple[Tile, ...]:
-    """Return the tiles there are, largest first.
+def tiles(dtype: torch.dtype, aligned: bool, block_t: int) -> tuple[Tile, ...]:
+    """Return the tiles there are, largest first; 16-bit inputs are loaded `block_t` tokens at a time.
 
     A table rather than autotuning: tuning would run on the caller's `fisher` and stall at every new layer shape, and
-    the choice follows from few facts. Two fp32 tiles stay in registers, which bounds the tile at 128 x 128. On Ampere
-    64 tokens at a time would need more registers than there are. Without alignment to 16 elements every element has an
-    address of its own: small tiles, more warps.
+    the choice follows from few facts. Two fp32 tiles stay in registers, which bounds the tile at 128 x 128. Without
+    alignment to 16 elements every element has an address of its own: small tiles, more warps.
     """
     if dtype == torch.float32:
         return (Tile(64, 64, 16, 4 if aligned else 8, 3),)
     if not aligned:
         return (Tile(64, 64, 32, 8, 3),)
-    block_t = 64 if hopper else 32
     return Tile(128, 128, block_t, 8, 3), Tile(64, 128, block_t, 4, 3), Tile(64, 64, block_t, 4, 4)
 
 
 def choose_tile(fisher: Tensor, x: Tensor, dy: Tensor) -> Tile:
-    """Return the largest tile that still gives every multiprocessor one, cut to the number of tokens."""
+    """Return the largest tile of which there is one for every multiprocessor, or else the smallest."""
     hopper, multiprocessors = _gpu(x.device)
     sizes = (*fisher.shape, *x.stride()[:2], *dy.stride()[:2])
     # what Triton looks at before it merges loads into 16-byte ones
     aligned = not any(size % 16 for size in (*sizes, x.data_ptr(), dy.data_ptr()))
-    choices = tiles(x.dtype, aligned, hopper)
-    full = (tile for tile in choices if _programs(fisher, tile) >= multiprocessors)
-    tile = next(full, choices[-1])
-    return tile._replace(block_t=min(tile.block_t, max(16, triton.next_power_of_2(x.shape[1]))))
+    # before Hopper, 64 tokens at a time would take more registers than there are
+    choices = tiles(x.dtype, aligned, block_t=64 if hopper and x.shape[1] > 32 else 32)
+    return next((tile for tile in choices if _programs(fisher, tile) >= multiprocessors), choices[-1])
 
 
 def launch(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -25,7 +26,7 @@ def gather(tensors: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
     indices: int32 or int64 [k_i]. A tensor that is not contiguous is copied first.
     """
     check_lengths(tensors=tensors, indices=indices)
-    groups: dict[tuple[tl.dtype, tl.dtype], list[Row]] = {}
+    groups: dict[tuple[torch.dtype, torch.dtype], list[Row]] = {}
     sources, results = [], []
     for i, (tensor, index) in enumerate(zip(tensors, indices, strict=True)):
         source, k = tensor.contiguous(), index.numel()
@@ -36,7 +37,7 @@ def gather(tensors: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
         results.append(result)
         if k:
             row = (k, index.data_ptr(), source.data_ptr(), result.data_ptr())
-            groups.setdefault((WORDS[tensor.element_size()], INDICES[index.dtype]), []).append(row)
+            groups.setdefault((WORDS[tensor.element_size()], index.dtype), []).append(row)
     if groups:
         launch(_gather_kernel, groups, ("WORD", "INDEX"), tensors[0].device)
     return results

@@ -20,10 +20,11 @@ from torch import Tensor
 
 # elements a program: 4 a thread, few enough for every thread of a multiprocessor to be busy with random reads
 CHUNK = 1024
-FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
-INDICES = {torch.int32: tl.int32, torch.int64: tl.int64}
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+INDICES = (torch.int32, torch.int64)
 # by bytes an entry: kernels that only move entries move words, which keeps every bit of every dtype
-WORDS = {1: tl.int8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
+WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+_TRITON_DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in (*FLOATS, *WORDS.values())}
 
 Row = tuple[int, ...]
 
@@ -53,13 +54,12 @@ def launch(
 ) -> None:
     """Launch `kernel(table, *arguments, ...)` once for every group of tensors that differ in addresses and sizes only.
 
-    groups: rows of the table by the values of `constants`, the kernel's compile-time constants that differ between
-    groups.
+    groups: rows of the table by the values of `constants`, the compile-time constants that differ between groups.
     """
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         for values, rows in groups.items():
             table, programs = cached_table(tuple(rows), CHUNK, device)
-            varying = dict(zip(constants, values, strict=True))
+            varying = {name: _TRITON_DTYPES.get(value, value) for name, value in zip(constants, values, strict=True)}
             kernel[(programs,)](
                 table, *arguments, **varying, **more_constants, CHUNK=CHUNK, num_warps=8, enable_fp_fusion=True
             )

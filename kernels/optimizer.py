@@ -94,6 +94,21 @@ def launch_step(
         if scalar is not None and scalar.device != device:
             raise ValueError(f"{name} must be on the parameters' device {device}, got {scalar.device}; move it there")
     grads = [grad.contiguous() for grad in grads]  # a copy has to live until the launch
+    groups = _group(params, grads, indices, states, masters, steps)
+    scalars = (float(lr), lr_tensor, grad_scale, found_inf, *map(float, arguments))
+    launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
+
+
+def _group(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    states: dict[str, list[Tensor]],
+    masters: list[Tensor],
+    steps: list[Tensor],
+) -> dict[tuple[Any, ...], list[Row]]:
+    """Return the rows of the tables by the values of `_CONSTANTS`."""
+    device = params[0].device
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for i, (param, grad, index, master, step) in enumerate(zip(params, grads, indices, masters, steps, strict=True)):
         k = index.numel()
@@ -108,18 +123,7 @@ def launch_step(
         check_tensor("steps", i, step, 1, FLOAT32, device)
         for name, tensors in states.items():
             check_tensor(name, i, tensors[i], k, FLOAT32, device)
-        key = (FLOATS[param.dtype], FLOATS[grad.dtype], INDICES[index.dtype], compact, master.numel() > 0)
+        kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)
         columns = (index, grad, param, master, step, *(tensors[i] for tensors in states.values()))
-        groups.setdefault(key, []).append((k, *(tensor.data_ptr() for tensor in columns)))
-    launch(
-        kernel,
-        groups,
-        _CONSTANTS,
-        device,
-        float(lr),
-        lr_tensor,
-        grad_scale,
-        found_inf,
-        *map(float, arguments),
-        **constants,
-    )
+        groups.setdefault(kind, []).append((k, *(tensor.data_ptr() for tensor in columns)))
+    return groups

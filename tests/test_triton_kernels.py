@@ -179,13 +179,13 @@ def test_topk_counts_scores_that_are_not_finite_and_only_them():
 
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("hopper", [True, False])
-def test_fisher_is_the_same_from_every_tile(dtype, hopper):
+@pytest.mark.parametrize("block_t", [32, 64])
+def test_fisher_is_the_same_from_every_tile(dtype, block_t):
     """On a weight of more rows of tiles than are grouped, with sides that are no multiple of any tile."""
     x, dy, weight = randn(2, 35, 70, dtype=dtype), randn(2, 35, 530, dtype=dtype), tensor([0.5, 2.0])
     sample = testing.Sample("tiles", (torch.ones(530, 70, device=DEVICE), x, dy, weight))
     for aligned in (True, False):
-        for tile in fisher_linear.tiles(dtype, aligned, hopper):
+        for tile in fisher_linear.tiles(dtype, aligned, block_t):
             testing.assert_matches_reference(
                 "fisher_linear_", lambda *args, tile=tile: fisher_linear.launch(*args, tile), sample
             )
@@ -201,11 +201,12 @@ def test_fisher_takes_the_largest_tile_that_occupies_the_gpu(monkeypatch):
     assert fisher_linear.choose_tile(torch.empty(3072, 768), x[..., 1:], dy)[:3] == (64, 64, 32)
 
 
-@pytest.mark.parametrize("stride", [(FAR, 30), (30, FAR // 2)])
-def test_fisher_reaches_beyond_2_to_the_31_elements(stride):
-    x = torch.empty(FAR + 100, dtype=torch.float16, device=DEVICE).as_strided((2, 3, 30), (*stride, 1))
-    x.copy_(randn(2, 3, 30))
-    fisher, dy = torch.zeros(20, 30, device=DEVICE), randn(2, 3, 20, dtype=torch.float16)
+@pytest.mark.parametrize(("t", "stride"), [(3, (FAR // 2, 30)), (3, (30, FAR // 2)), (33, (30, FAR // 32))])
+def test_fisher_reaches_beyond_2_to_the_31_elements(t, stride):
+    """By sample, by token inside a block, by block of tokens."""
+    x = torch.empty(FAR + 100, dtype=torch.float16, device=DEVICE).as_strided((3, t, 30), (*stride, 1))
+    x.copy_(randn(3, t, 30))
+    fisher, dy = torch.zeros(20, 30, device=DEVICE), randn(3, t, 20, dtype=torch.float16)
     sample = testing.Sample("far", (fisher, x.clone(), dy))
     testing.assert_matches_reference("fisher_linear_", lambda f, _, d: kernels.fisher_linear_(f, x, d), sample)
 
