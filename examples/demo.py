@@ -16,7 +16,6 @@ import multiprocessing
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import docstrings
 
@@ -224,8 +223,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("runs", "demo"), help="folder for data and checkpoints")
     parser.add_argument("--record", metavar="MACHINE", help="add the rows to benchmarks/results/demo-MACHINE.csv")
-    options: Any = parser.parse_args()
-    return options
+    return parser.parse_args()
 
 
 if __name__ == "__main__":

@@ -2,9 +2,9 @@
 
     python examples/docstrings.py OUTPUT [--seed 0]
 
-writes OUTPUT/train.jsonl, OUTPUT/dev.jsonl and OUTPUT/labels.json. Source files are parsed, never imported, so the set
-can be built wherever the library's sources lie, with or without Tk or a network. It differs a little from one Python
-version to the next; on one Python, a seed gives the same rows always.
+writes OUTPUT/train.jsonl and OUTPUT/dev.jsonl. Source files are parsed, never imported, so the set can be built
+wherever the library's sources lie, with or without Tk or a network. It differs a little from one Python version to the
+next; on one Python, a seed gives the same rows always.
 """
 
 from __future__ import annotations
@@ -49,25 +49,23 @@ class Piece:
 
 @dataclasses.dataclass(frozen=True)
 class Docstrings:
-    """The data set: rows of {"text", "label"}, and the package each label stands for."""
+    """The data set: rows of {"text": ..., "label": the package's name}."""
 
-    train: list[dict[str, str | int]]
-    dev: list[dict[str, str | int]]
-    labels: list[str]
+    train: list[dict[str, str]]
+    dev: list[dict[str, str]]
 
     def save(self, folder: Path) -> None:
-        """Write train.jsonl, dev.jsonl and labels.json."""
+        """Write train.jsonl and dev.jsonl."""
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in (("train", self.train), ("dev", self.dev)):
             lines = "".join(json.dumps(row) + "\n" for row in rows)
             (folder / f"{name}.jsonl").write_text(lines, encoding="utf-8")
-        (folder / "labels.json").write_text(json.dumps(self.labels) + "\n", encoding="utf-8")
 
     def summary(self) -> str:
         """Return the counts, class by class."""
-        counts = [Counter(row["label"] for row in rows) for rows in (self.train, self.dev)]
-        classes = ", ".join(f"{name} {counts[0][i]}+{counts[1][i]}" for i, name in enumerate(self.labels))
-        return f"{len(self.train)} train and {len(self.dev)} dev rows in {len(self.labels)} classes: {classes}"
+        train, dev = (Counter(row["label"] for row in rows) for rows in (self.train, self.dev))
+        classes = ", ".join(f"{label} {train[label]}+{dev[label]}" for label in sorted(train))
+        return f"{len(self.train)} train and {len(self.dev)} dev rows in {len(train)} classes: {classes}"
 
 
 def build(seed: int = 0, root: Path | None = None) -> Docstrings:
@@ -200,28 +198,30 @@ def _jaccard(one: set[str], other: set[str]) -> float:
 
 def _split(pieces: list[Piece], rng: random.Random) -> Docstrings:
     """Split every class 80 to 20; what comes from one docstring stays together, as its parts tell of one another."""
-    labels = sorted({piece.package for piece in pieces})
-    train: list[dict[str, str | int]] = []
-    dev: list[dict[str, str | int]] = []
-    for label, package in enumerate(labels):
+    train: list[dict[str, str]] = []
+    dev: list[dict[str, str]] = []
+    for package in sorted({piece.package for piece in pieces}):
         mine = [piece for piece in pieces if piece.package == package]
-        origins = sorted({piece.origin for piece in mine})
+        parts = Counter(piece.origin for piece in mine)
+        origins = sorted(parts)
         rng.shuffle(origins)
-        wanted, side, held_out = DEV_SHARE * len(mine), Counter(piece.origin for piece in mine), set()
+        held_out: set[int] = set()
+        room = DEV_SHARE * len(mine)
         for origin in origins:
-            if sum(side[held] for held in held_out) + side[origin] <= wanted:
+            if parts[origin] <= room:
                 held_out.add(origin)
+                room -= parts[origin]
         for piece in mine:
-            (dev if piece.origin in held_out else train).append({"text": piece.text, "label": label})
+            (dev if piece.origin in held_out else train).append({"text": piece.text, "label": package})
     rng.shuffle(train)
     rng.shuffle(dev)
-    return Docstrings(train, dev, labels)
+    return Docstrings(train, dev)
 
 
 def main() -> None:
     """Write the data set where the command line says."""
     parser = argparse.ArgumentParser(description="Build a text classification set from the standard library.")
-    parser.add_argument("output", type=Path, help="folder for train.jsonl, dev.jsonl and labels.json")
+    parser.add_argument("output", type=Path, help="folder for train.jsonl and dev.jsonl")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     docstrings = build(options.seed)
