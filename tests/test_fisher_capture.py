@@ -1,5 +1,6 @@
 """Modules that use their parameters in unusual ways: the result is exact, and the report says what served them."""
 
+import models
 import pytest
 import torch
 import torch.nn.functional as F
@@ -283,6 +284,16 @@ def test_batches_of_other_lengths_keep_their_layout():
     assert FELL not in report.rules.values()
 
 
+def test_a_layout_that_no_gradient_showed_is_not_trusted():
+    torch.manual_seed(0)
+    model = TimeMajorFlat(lin=nn.Linear(H, H))
+    ids, targets = data()
+    # nothing is labelled in the batch that is probed
+    report = assert_exact(model, [(ids, torch.full_like(targets, -100)), (ids, targets)]).report
+    assert report.rules["lin.weight"] == FELL
+    assert "no gradient reached it" in report.fallback["lin.weight"]
+
+
 class TiedTwice(nn.Module):
     """An embedding with a padding id, looked up twice, that is also the head, applied twice."""
 
@@ -332,7 +343,7 @@ class Checkpointed(Net):
 def test_checkpoints_outside_of_training_are_refused_not_miscounted(reentrant):
     model = Checkpointed(lin=nn.Linear(H, H))
     model.reentrant = reentrant
-    with pytest.raises(RuntimeError, match="checkpoint"):
+    with pytest.raises(RuntimeError, match="activation checkpointing must be off"):
         estimate_fisher(model, [data()], progress=False)
 
 
@@ -350,18 +361,18 @@ def test_compiled_models_are_scored_uncompiled():
             torch.testing.assert_close(got, value)
 
 
-def test_autocast_inside_the_model_is_followed():
-    class Wrapped(Twice):
-        def forward(self, ids):
-            with torch.autocast("cpu", torch.bfloat16):
-                return super().forward(ids)
-
-    torch.manual_seed(0)
-    model = Wrapped(lin=nn.Linear(H, H))
-    scores = estimate_fisher(model, [data()], progress=False)
-    assert scores.report.rules["lin.weight"] == LINEAR
-    for name, value in batch_one_fisher(model, [data()]).items():
-        assert (scores[name] - value).norm() < 0.05 * value.norm(), name
+@pytest.mark.parametrize("name", ["bert", "llama tied"])
+def test_autocast_inside_the_model_is_followed(name):
+    model, batch = models.make(name), models.batch(name)
+    exact = estimate_fisher(model, [batch], progress=False)
+    model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
+    scores = estimate_fisher(model, [batch], progress=False)
+    assert scores.report.rules == exact.report.rules
+    largest = max(float(value.max()) for value in exact.values())
+    for key, value in batch_one_fisher(model, [batch]).items():
+        if value.max() > 1e-4 * largest:
+            assert (scores[key] - value).norm() < 0.1 * value.norm(), key
+    assert any(not torch.equal(scores[key], value) for key, value in exact.items())
 
 
 class Largest(TorchDispatchMode):

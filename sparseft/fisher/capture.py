@@ -144,10 +144,11 @@ class Capture(TorchFunctionMode):
     def autocast_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which autocast would multiply x; its own, where autocast is off."""
         device = x.device.type
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+        cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+        return torch.get_autocast_dtype(device) if cast else x.dtype
 
     def escaped(self, outputs: Tensor) -> dict[str, str]:
-        """Return the parameters that some operation uses uncaptured, by name, with the name of such an operation."""
+        """Return the parameters that some operation uses uncaptured, name -> reason."""
         found: dict[str, str] = {}
         stack, seen = [outputs.grad_fn], {outputs.grad_fn}
         while stack:
@@ -159,5 +160,5 @@ class Capture(TorchFunctionMode):
                 stack.append(child)
                 name, _ = self._known.get(id(getattr(child, "variable", None)), ("", None))
                 if name and node is not None:
-                    found[name] = node.name()
+                    found[name] = f"no rule captures its use in {node.name()}"
         return found

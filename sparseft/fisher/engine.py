@@ -16,7 +16,7 @@ from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.parameters import aliases, scored_parameters, unwrapped
 from sparseft.fisher.probe import Plan, probe
 from sparseft.fisher.report import FisherReport, FisherScores
-from sparseft.fisher.state import evaluation
+from sparseft.fisher.state import evaluation, without_recomputation
 from sparseft.fisher.tally import Tally, mixed
 
 
@@ -70,7 +70,7 @@ def estimate_fisher(
     objective = Objective(mode, loss, token_reduction, seed)
     run = _Pass(model, objective, parameters, report)
     ledger = Ledger(parameters, run.add)
-    with evaluation(model, parameters), _bar(data, samples, progress) as bar:
+    with evaluation(model, parameters), without_recomputation(), _bar(data, samples, progress) as bar:
         for batch, positions in limited(data, samples):
             ledger.add(batch, positions)
             bar.update(len(positions))
@@ -148,8 +148,8 @@ class _Pass:
                 self._rules[use.name].add(use.rule)
         for name, reason in escaped.items():
             self._rules[name].add("fallback")
-            known = self._plan.fallback.get(name) if self._plan is not None else None
-            self._report.fallback.setdefault(name, known or f"no rule captures its use in {reason}")
+            known = self._plan.fallback if self._plan is not None else {}
+            self._report.fallback.setdefault(name, known.get(name, reason))
 
 
 def _bar(data: Iterable[Batch], samples: int | None, progress: bool) -> tqdm:

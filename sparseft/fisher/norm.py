@@ -74,7 +74,8 @@ def _layer_norm(
         return None
     weight = None if weight is None else capture.sealed(weight, uses[0])
     bias = None if bias is None else capture.sealed(bias, uses[1])
-    x = x.float() if capture.autocast_dtype(x) != x.dtype else x
+    if x.is_cuda and torch.is_autocast_enabled("cuda"):
+        x = x.float()  # as autocast does there
     return capture.run(_LayerNorm, uses, list(normalized_shape), eps, x, weight, bias)
 
 

@@ -166,5 +166,4 @@ def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tupl
     for use in capture.uses:
         if len(reached[use]) < candidates.proofs[use.name, use.occurrence]:
             refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
-    escaped = {name: f"no rule captures its use in {node}" for name, node in capture.escaped(outputs).items()}
-    return Plan(candidates.layouts, {**escaped, **mixed(capture.uses), **refused}), eps
+    return Plan(candidates.layouts, {**capture.escaped(outputs), **mixed(capture.uses), **refused}), eps

@@ -32,7 +32,7 @@ def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
-            if any(module._compiled_call_impl is not None or hasattr(module, "_orig_mod") for module, _ in training):
+            if any(_compiled(module) for module, _ in training):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
     finally:
@@ -45,3 +45,21 @@ def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]
                 with torch.no_grad():
                     buffer.copy_(value)
             module._buffers[name] = buffer
+
+
+@contextmanager
+def without_recomputation() -> Iterator[None]:
+    """Explain the errors of activation checkpointing, which runs parts of the model again in backward, unseen."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "checkpoint" not in str(error):
+            raise
+        raise RuntimeError(
+            "activation checkpointing must be off while the Fisher is estimated: the model recomputes in backward; "
+            "switch it off (that of transformers is off in evaluation mode), or use `batch_one_fisher`"
+        ) from error
+
+
+def _compiled(module: nn.Module) -> bool:
+    return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
