@@ -49,13 +49,12 @@ struct StepArguments {
     const std::vector<Tensor>& steps;
 };
 
-inline const float* scalar(const char* op, const char* name, const std::optional<Tensor>& tensor, const Tensor& like) {
-    if (!tensor.has_value()) return nullptr;
-    const Argument argument{op, name};
-    check_dtype(argument, *tensor, {ScalarType::Float});
-    check_numel(argument, *tensor, 1, "a 0-d tensor");
-    check_device(argument, *tensor, like);
-    return static_cast<const float*>(tensor->data_ptr());
+// The address of one fp32 value.
+inline const float* scalar(const Argument& argument, const Tensor& tensor, const Tensor& like) {
+    check_dtype(argument, tensor, {ScalarType::Float});
+    check_numel(argument, tensor, 1, "a 0-d tensor");
+    check_device(argument, tensor, like);
+    return static_cast<const float*>(tensor.data_ptr());
 }
 
 // fp32 values beside the selected entries, or null for an empty tensor where that is allowed.
@@ -94,7 +93,7 @@ inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& gr
         step.states[s] = per_entry(at(name), (*list)[i], k, stateless, param);
     }
     step.master = per_entry(at("masters"), a.masters[i], k, true, param);
-    step.step = scalar(a.op, "steps", a.steps[i], param);
+    step.step = scalar(at("steps"), a.steps[i], param);
     return step;
 }
 
@@ -121,9 +120,11 @@ inline std::vector<ParameterStep> parameter_steps(const StepArguments& a, bool s
 inline StepOptions step_options(const StepArguments& a, double lr, bool maximize,
                                 const std::optional<Tensor>& lr_tensor, const std::optional<Tensor>& grad_scale,
                                 const std::optional<Tensor>& found_inf) {
-    const Tensor& like = a.params[0];
-    return {lr, maximize, scalar(a.op, "lr_tensor", lr_tensor, like), scalar(a.op, "grad_scale", grad_scale, like),
-            scalar(a.op, "found_inf", found_inf, like)};
+    const auto address = [&](const char* name, const std::optional<Tensor>& tensor) {
+        return tensor.has_value() ? scalar({a.op, name}, *tensor, a.params[0]) : nullptr;
+    };
+    return {lr, maximize, address("lr_tensor", lr_tensor), address("grad_scale", grad_scale),
+            address("found_inf", found_inf)};
 }
 
 }  // namespace sparseft
