@@ -303,7 +303,7 @@ def versions() -> dict[str, str]:
 
 def _digest(parameter: Tensor) -> str:
     data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
-    return hashlib.blake2b(data, digest_size=8).hexdigest()
+    return hashlib.blake2b(data.data, digest_size=8).hexdigest()
 
 
 def _some(names: Sequence[str]) -> str:

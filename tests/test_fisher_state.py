@@ -148,8 +148,8 @@ def test_healthy_data_are_run_once_and_never_copied(monkeypatch):
     model.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     x, y = bad_at({}, 60)
     estimate_fisher(model, [(x[:30], y[:30]), (x[30:], y[30:])], progress=False)
-    # two batches, and what the probe runs: the batch's losses, two samples, three samples
-    assert calls == [30, 2, 3, 30, 30]
+    # two batches, and what the probe runs: one sample, two samples
+    assert calls == [1, 2, 30, 30]
 
 
 def test_nothing_but_bad_samples_is_an_error():

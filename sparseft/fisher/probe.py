@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Layout, Use
 from sparseft.fisher.contribution import Contribution, Outer
-from sparseft.fisher.loss import Objective
+from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.tally import mixed
 
-_SMALL, _LARGE = 2, 3
+# as few as can show it: the probe is overhead, of about an eighth of a pass over 16 samples
+_SMALL, _LARGE = 1, 2
 # shape errors of a model that cannot take per-sample positions where it expects shared ones
 _MISFIT = (RuntimeError, ValueError, IndexError, TypeError)
 
@@ -81,7 +82,8 @@ class _Candidates:
             # a leading size that is the batch size at two batch sizes needs no more: a zero-initialised adapter passes
             proofs = 0 if rows == _LARGE else 1
         elif before == rows and shareable and self.sharing:
-            layout = Layout.SHARED
+            # expanded ids may be taken for the first sample's, or the last's, further on: only all gradients tell
+            layout, proofs = Layout.SHARED, _LARGE
         elif self.sharing and rows % _LARGE == 0:
             # it may follow from shared ids that are expanded now and were not in the small run
             proofs = _LARGE
@@ -91,54 +93,82 @@ class _Candidates:
         return layout
 
 
+class _Untelling(Exception):
+    """A probed sample has no gradient, or none that is finite: it proves nothing."""
+
+
 def probe(
     model: nn.Module, objective: Objective, batch: Batch, positions: list[int], parameters: Mapping[str, Tensor]
 ) -> Plan | None:
     """Return the plan, or None if no sample of the batch has a finite loss."""
-    with torch.no_grad():
-        pullback = objective(model, batch, positions)
-    finite = pullback.finite()
-    # a sample whose labels are all ignored has loss 0 and no gradient, and proves nothing
-    telling = finite & pullback.outputs.reshape(len(finite), -1).ne(0).any(1)
-    chosen = (telling if telling.any() else finite).nonzero()[:, 0].tolist()
-    if not chosen:
-        return None
-
-    def run(samples: list[int], capture: Capture) -> Tensor:
-        with capture:
-            return objective(model, take(batch, samples), [positions[i] for i in samples]).outputs
-
-    # the first of the small run is the last of the large one, if there are three
-    small = [chosen[(2 + i) % len(chosen)] for i in range(_SMALL)]
-    large = [chosen[i % len(chosen)] for i in range(_LARGE)]
-    observed = _Observe()
+    probing = _Probing(model, objective, batch, positions, parameters)
     try:
-        alone = run(small, Capture(parameters, observed, _SMALL)).detach()[0]
-    except _MISFIT as error:
+        return probing.plan(list(range(min(len(positions), _LARGE))), strict=True)
+    except _Untelling:
+        # only now is a look at the whole batch worth its time
+        chosen = probing.telling()
+        return probing.plan(chosen, strict=False) if chosen else None
+
+
+@dataclass
+class _Probing:
+    model: nn.Module
+    objective: Objective
+    batch: Batch
+    positions: list[int]
+    parameters: Mapping[str, Tensor]
+
+    def telling(self) -> list[int]:
+        """Return the samples whose gradient proves something, or else those that are finite at least."""
+        with torch.no_grad():
+            pullback = self.objective(self.model, self.batch, self.positions)
+        finite, telling = pullback.finite(), _telling(pullback)
+        return (telling if telling.any() else finite).nonzero()[:, 0].tolist()
+
+    def plan(self, chosen: list[int], strict: bool) -> Plan:
+        """Return the plan that runs of the chosen samples show; strict: raise _Untelling where one shows nothing."""
+        # the first of the small run is the last of the large one
+        small = [chosen[(_LARGE - 1 + i) % len(chosen)] for i in range(_SMALL)]
+        large = [chosen[i % len(chosen)] for i in range(_LARGE)]
+        observed = _Observe()
+        alone = self._run(small, Capture(self.parameters, observed, _SMALL), strict).detach()[0]
+        for sharing in (True, False):
+            candidates = _Candidates(observed.rows, sharing)
+            capture = Capture(self.parameters, candidates, _LARGE)
+            try:
+                outputs = self._run(large, capture, strict)
+            except _MISFIT as error:
+                if sharing:
+                    continue
+                raise ValueError(
+                    f"the model must run on a batch of {_LARGE} samples, which shows where the samples lie, but it "
+                    f"failed: {error}; for a transformers model, setting config.pad_token_id is the usual remedy"
+                ) from error
+            plan, eps = _isolate(capture, candidates, outputs)
+            together = outputs.detach()[-1]
+            # rounding differs with the batch size; a gradient to other samples' rows was looked for, at any size
+            tolerance = max(0.01, eps**0.5)
+            if torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+                return plan
         raise ValueError(
-            f"the model must run on a batch of {_SMALL} samples, which shows where the samples lie, but it failed: "
-            f"{error}; for a transformers model, setting config.pad_token_id is the usual remedy"
-        ) from error
-    for sharing in (True, False):
-        candidates = _Candidates(observed.rows, sharing)
-        capture = Capture(parameters, candidates, _LARGE)
-        try:
-            outputs = run(large, capture)
-        except _MISFIT:
-            if not sharing:
-                raise
-            continue
-        plan, eps = _isolate(capture, candidates, outputs)
-        together = outputs.detach()[large.index(small[0])]
-        # rounding differs with the batch size; a gradient to other samples' rows was looked for above, at any size
-        tolerance = max(0.01, eps**0.5)
-        if torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
-            return plan
-    raise ValueError(
-        f"the loss of a sample must depend on that sample alone, but it changed from {alone.tolist()} to "
-        f"{together.tolist()} with the other samples of its batch; losses across a batch, batch statistics and "
-        "randomness in evaluation mode have no per-sample gradient"
-    )
+            f"the loss of a sample must depend on that sample alone, but it changed from {alone.tolist()} to "
+            f"{together.tolist()} with the other samples of its batch; losses across a batch, batch statistics and "
+            "randomness in evaluation mode have no per-sample gradient"
+        )
+
+    def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
+        with capture:
+            pullback = self.objective(
+                self.model, take(self.batch, samples), [self.positions[sample] for sample in samples]
+            )
+        if strict and not bool(_telling(pullback).all()):
+            raise _Untelling
+        return pullback.outputs
+
+
+def _telling(pullback: Pullback) -> Tensor:
+    # a sample whose labels are all ignored has loss 0 and no gradient
+    return pullback.finite() & pullback.outputs.reshape(len(pullback.outputs), -1).ne(0).any(1)
 
 
 def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tuple[Plan, float]:
@@ -159,11 +189,16 @@ def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tupl
             refused[use.name] = f"its {use.rule} rule cannot tell the samples apart"
 
     capture.emit = emit
+
+    def unproven() -> list[Use]:
+        return [use for use in capture.uses if len(reached[use]) < candidates.proofs[use.name, use.occurrence]]
+
     for sample in range(_LARGE if outputs.requires_grad else 0):
         single = torch.zeros_like(outputs)
         single[sample] = 1
         torch.autograd.grad(outputs, [capture.anchor], single, retain_graph=True, allow_unused=True)
-    for use in capture.uses:
-        if len(reached[use]) < candidates.proofs[use.name, use.occurrence]:
-            refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
+        if not unproven():
+            break
+    for use in unproven():
+        refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
     return Plan(candidates.layouts, {**capture.escaped(outputs), **mixed(capture.uses), **refused}), eps
