@@ -13,7 +13,7 @@
 namespace sparseft {
 
 // How many entries ahead their cache lines are asked for. Entries lie too far apart for the machine to see a pattern.
-constexpr int64_t kPrefetchDistance = 128;
+constexpr int64_t kPrefetchDistance = 256;
 
 // Call `body(i, position, position_ahead)` for selected entries begin..end, i counting from 0.
 template <class Body>

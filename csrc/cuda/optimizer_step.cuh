@@ -15,12 +15,16 @@ namespace sparseft {
 using torch::headeronly::BFloat16;
 using torch::headeronly::Half;
 
-// The dtype is the same for a whole block, and a branch on it costs little beside the load: one kernel serves lists of
-// mixed dtypes.
-__device__ __forceinline__ float load(const void* data, ScalarType dtype, int64_t i) {
-    if (dtype == ScalarType::BFloat16) return static_cast<const BFloat16*>(data)[i];
-    if (dtype == ScalarType::Half) return static_cast<const Half*>(data)[i];
-    return static_cast<const float*>(data)[i];
+// Loading bits first and reading them as numbers later keeps all loads of an entry under way at once. The dtype is the
+// same for a whole block, so that one kernel serves lists of mixed dtypes at little cost.
+__device__ __forceinline__ uint32_t load_bits(const void* data, ScalarType dtype, int64_t i) {
+    return dtype == ScalarType::Float ? static_cast<const uint32_t*>(data)[i] : static_cast<const uint16_t*>(data)[i];
+}
+
+__device__ __forceinline__ float as_number(uint32_t bits, ScalarType dtype) {
+    if (dtype == ScalarType::Float) return __uint_as_float(bits);
+    if (dtype == ScalarType::BFloat16) return BFloat16(static_cast<uint16_t>(bits), BFloat16::from_bits());
+    return Half(static_cast<uint16_t>(bits), Half::from_bits());
 }
 
 __device__ __forceinline__ void store(void* data, ScalarType dtype, int64_t i, float value) {
@@ -43,15 +47,16 @@ template <class Rule>
 __device__ __forceinline__ void update_entry(const ParameterStep& p, const typename Rule::Coefficients& coefficients,
                                              float divisor, int64_t i) {
     const int64_t where = position(p.at, i);
-    const float grad = load(p.grad, p.grad_dtype, p.compact_grad ? i : where) / divisor;
-    float weight = load(p.at.data, p.dtype, where);
-    if (p.master) {
-        // a weight that does not round from its master was changed from outside: the weight wins
-        const float master = p.master[i];
-        if (rounded(master, p.dtype) == weight) weight = master;
-    }
+    const uint32_t grad_bits = load_bits(p.grad, p.grad_dtype, p.compact_grad ? i : where);
+    const uint32_t weight_bits = load_bits(p.at.data, p.dtype, where);
+    const float master = p.master ? p.master[i] : 0;
     float states[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) states[s] = p.states[s] ? p.states[s][i] : 0;
+
+    const float grad = as_number(grad_bits, p.grad_dtype) / divisor;
+    float weight = as_number(weight_bits, p.dtype);
+    // a weight that does not round from its master was changed from outside: the weight wins
+    if (p.master && rounded(master, p.dtype) == weight) weight = master;
     Rule::update(coefficients, grad, weight, states);
     for (int s = 0; s < Rule::kStates; ++s) {
         if (p.states[s]) p.states[s][i] = states[s];
