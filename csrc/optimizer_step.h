@@ -1,7 +1,6 @@
 // What every optimizer op is called with, checked and turned into plain pointers for the CPU loop or the CUDA kernel.
 #pragma once
 
-#include <array>
 #include <optional>
 #include <utility>
 #include <vector>

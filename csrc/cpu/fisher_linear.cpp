@@ -4,6 +4,7 @@
 // goes into a buffer of the tile's size, and its squares are added to the Fisher diagonal at once. Threads share
 // tiles.
 #include <algorithm>
+#include <array>
 #include <numeric>
 #include <optional>
 #include <vector>
@@ -127,6 +128,11 @@ struct Tile {
 // The buffers of one thread.
 struct Buffers {
     std::vector<float> product, x, dy;
+
+    Matrix product_of(const Tile& tile) {
+        product.resize(std::max<size_t>(product.size(), tile.rows() * tile.columns()));
+        return {product.data(), tile.rows(), tile.columns(), tile.columns(), 1};
+    }
 };
 
 // Call `accumulate(product, n, fisher)` for each row of a tile.
@@ -138,8 +144,7 @@ void for_each_row(const Problem& p, const Tile& tile, const float* product, cons
 }
 
 void add_tile(const Problem& p, const Tile& tile, Buffers& buffers) {
-    buffers.product.resize(std::max<size_t>(buffers.product.size(), tile.rows() * tile.columns()));
-    const Matrix product{buffers.product.data(), tile.rows(), tile.columns(), tile.columns(), 1};
+    const Matrix product = buffers.product_of(tile);
     for (int64_t sample = 0; sample < p.samples; ++sample) {
         const Matrix dy = p.dy.of_sample(sample, p.tokens, tile.row_begin, tile.row_end);
         const Matrix x = p.x.of_sample(sample, p.tokens, tile.column_begin, tile.column_end);
@@ -152,8 +157,7 @@ void add_tile(const Problem& p, const Tile& tile, Buffers& buffers) {
 
 // With one token a sample, (dy * x)**2 is dy**2 * x**2: one product sums it over many samples.
 void add_one_token_tile(const Problem& p, const Tile& tile, Buffers& buffers) {
-    buffers.product.resize(std::max<size_t>(buffers.product.size(), tile.rows() * tile.columns()));
-    const Matrix product{buffers.product.data(), tile.rows(), tile.columns(), tile.columns(), 1};
+    const Matrix product = buffers.product_of(tile);
     for (int64_t first = 0; first < p.samples; first += kOneTokenSamples) {
         const int64_t samples = std::min(kOneTokenSamples, p.samples - first);
         const Matrix dy = packed(p.dy.of_samples(first, samples, tile.row_begin, tile.row_end), buffers.dy);
