@@ -35,10 +35,10 @@ SAMPLING = ("fish", "sift")
 DEFAULT_LR = {
     "fish": 3e-3,
     "sift": 3e-3,
-    "magnitude": 3e-3,
-    "random": 3e-3,
-    "head": 3e-3,
-    "full": 1e-4,
+    "magnitude": 3e-2,
+    "random": 3e-2,
+    "head": 3e-2,
+    "full": 3e-4,
 }
 WARMUP = 0.1  # share of the steps
 
