@@ -24,7 +24,7 @@ sys.path.append(str(provenance.ROOT / "examples"))
 import docstrings
 
 # from too slow for any method to too fast for any, by half decades
-RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+RATES = (3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 HELD_OUT = 0.2
 
 
