@@ -13,7 +13,7 @@ from pathlib import Path
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = ("demo-", "sweep-")
+OTHERS = ("demo-", "glue-", "sweep-")
 METHODS = {"head": "head only", "random": "random", "magnitude": "magnitude", "sift": "SIFT", "fish": "FISH"}
 Row = record.Row
 
