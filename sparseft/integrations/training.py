@@ -35,7 +35,7 @@ SAMPLING = ("fish", "sift")
 DEFAULT_LR = {
     "fish": 3e-3,
     "sift": 3e-3,
-    "magnitude": 3e-2,
+    "magnitude": 3e-2,  # not swept yet: as random
     "random": 3e-2,
     "head": 3e-2,
     "full": 3e-4,
