@@ -13,7 +13,6 @@ import json
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -58,9 +57,7 @@ def measure(task: str, method: str, seed: int, options: argparse.Namespace, fold
     """
     train, dev = options.data / task / TRAIN_FILES[task], options.data / task / "dev.jsonl"
     how = ["--method", method, "--density", options.density, "--epochs", options.epochs, "--seed", seed]
-    started = time.perf_counter()
     found = command("train", options.model, "--train", train, "--dev", dev, *how, "-o", folder / "trained")
-    seconds = time.perf_counter() - started
     plain = folder / "trained"
     if method != "full":
         plain = folder / "merged"
@@ -86,7 +83,6 @@ def measure(task: str, method: str, seed: int, options: argparse.Namespace, fold
         "checkpoint_bytes": found["checkpoint_bytes"],
         "select_seconds": round(found["select_seconds"], 2),
         "seconds_per_step": round(found["seconds_per_step"], 4),
-        "total_seconds": round(seconds, 1),
         "peak_memory_bytes": found["peak_memory"],
     }
 
