@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Iterable, Sized
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm.auto import tqdm
 
-from sparseft.fisher.batches import Batch, limited, take, to_device
-from sparseft.fisher.capture import Capture, Use
-from sparseft.fisher.fallback import add_one_by_one_
+from sparseft.fisher.batches import Batch, limited
 from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
+from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import aliases, scored_parameters, unwrapped
-from sparseft.fisher.probe import Plan, probe
 from sparseft.fisher.report import FisherReport, FisherScores
 from sparseft.fisher.state import evaluation, without_recomputation
-from sparseft.fisher.tally import Tally, mixed
+from sparseft.fisher.tally import Squares
 
 
 def estimate_fisher(
@@ -68,8 +65,8 @@ def estimate_fisher(
     parameters = scored_parameters(model, names)
     report = FisherReport(mode, aliases=aliases(model, parameters))
     objective = Objective(mode, loss, token_reduction, seed)
-    run = _Pass(model, objective, parameters, report)
-    ledger = Ledger(parameters, run.add)
+    run = OnePass(model, objective, parameters, report)
+    ledger = Ledger(parameters, lambda sums, batch, positions: run.add(Squares(sums), batch, positions))
     with evaluation(model, parameters), without_recomputation(), _bar(data, samples, progress) as bar:
         for batch, positions in limited(data, samples):
             ledger.add(batch, positions)
@@ -87,69 +84,6 @@ def estimate_fisher(
         # a tied weight's cross terms may leave -0.0000001 where 0 is meant
         total.div_(report.samples).clamp_(min=0)
     return FisherScores(ledger.sums, report)
-
-
-class _Pass:
-    """Adds the squares of batches to sums: one captured backward pass, and the fallback for what escapes it."""
-
-    def __init__(
-        self, model: nn.Module, objective: Objective, parameters: Mapping[str, Tensor], report: FisherReport
-    ) -> None:
-        self._model, self._objective, self._parameters, self._report = model, objective, parameters, report
-        self._device = next(model.parameters()).device
-        self._plan: Plan | None = None
-        self._rules: dict[str, set[str]] = {name: set() for name in parameters}
-
-    def rule(self, name: str) -> str:
-        """Return which rules served a parameter."""
-        return " + ".join(sorted(self._rules[name])) or "unused"
-
-    def add(self, sums: Mapping[str, Tensor], batch: Batch, positions: list[int]) -> list[int]:
-        """Add a batch to sums; return the positions left out because their loss is not finite."""
-        batch = to_device(batch, self._device)
-        if self._plan is None:
-            self._plan = probe(self._model, self._objective, batch, positions, self._parameters)
-            if self._plan is None:
-                return positions
-        capture = Capture(self._parameters, self._plan.for_samples(len(positions)), len(positions))
-        with capture:
-            pullback = self._objective(self._model, batch, positions)
-        finite = pullback.finite()
-        if not bool(finite.all()):
-            del pullback
-            good = finite.nonzero()[:, 0].tolist()
-            left_out = [position for index, position in enumerate(positions) if index not in good]
-            if good:
-                left_out += self.add(sums, take(batch, good), [positions[index] for index in good])
-            return left_out
-        escaped = {**capture.escaped(pullback.outputs), **mixed(capture.uses)}
-        self._note(capture.uses, escaped)
-        if pullback.outputs.requires_grad:
-            tally = Tally(sums, capture.uses, escaped)
-            capture.emit = tally
-            while pullback.cotangents:
-                cotangent = pullback.cotangents.pop(0)
-                torch.autograd.grad(
-                    pullback.outputs,
-                    [capture.anchor],
-                    cotangent,
-                    retain_graph=bool(pullback.cotangents),
-                    allow_unused=True,
-                )
-                tally.finish()
-        if escaped:
-            rest = {name: self._parameters[name] for name in escaped}
-            add_one_by_one_(sums, self._model, self._objective, batch, positions, rest)
-        return []
-
-    def _note(self, uses: list[Use], escaped: Mapping[str, str]) -> None:
-        for use in uses:
-            if use.name not in escaped:
-                self._rules[use.name].add(use.rule)
-        for name, reason in escaped.items():
-            self._rules[name].add("fallback")
-            known = self._plan.fallback if self._plan is not None else {}
-            self._report.fallback.setdefault(name, known.get(name, reason))
 
 
 def _bar(data: Iterable[Batch], samples: int | None, progress: bool) -> tqdm:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +11,14 @@ from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.loss import Objective
 
 
-def add_one_by_one_(
-    fisher: Mapping[str, Tensor],
+def one_by_one(
     model: nn.Module,
     objective: Objective,
     batch: Batch,
     positions: list[int],
     parameters: Mapping[str, Tensor],
-) -> None:
-    """Add each sample's squared gradient of the given parameters to fisher."""
+) -> Iterator[tuple[int, dict[str, Tensor]]]:
+    """Yield (position, fp32 gradients by name) of each sample and cotangent; parameters without one are left out."""
     for index, position in enumerate(positions):
         pullback = objective(model, take(batch, [index]), [position])
         if not pullback.outputs.requires_grad:
@@ -28,7 +27,5 @@ def add_one_by_one_(
             grads = torch.autograd.grad(
                 pullback.outputs, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True
             )
-            for name, grad in zip(parameters, grads, strict=True):
-                if grad is not None:
-                    grad = grad.to_dense().float()
-                    fisher[name].addcmul_(grad, grad)
+            named = zip(parameters, grads, strict=True)
+            yield position, {name: grad.to_dense().float() for name, grad in named if grad is not None}

@@ -33,6 +33,22 @@ def mixed(uses: Collection[Use]) -> dict[str, str]:
     }
 
 
+class Squares:
+    """A sink: adds the squares of per-sample gradients to sums, parameter name -> fp32 of its shape."""
+
+    def __init__(self, sums: Mapping[str, Tensor]) -> None:
+        self._sums = sums
+
+    def receiver(self, uses: list[Use], ignored: Collection[str], positions: list[int]) -> Tally:
+        """Return what adds up the contributions of a batch."""
+        return Tally(self._sums, uses, ignored)
+
+    def add_single(self, position: int, grads: Mapping[str, Tensor]) -> None:
+        """Add the squares of one sample's gradients."""
+        for name, grad in grads.items():
+            self._sums[name].addcmul_(grad, grad)
+
+
 class Tally:
     """Receives the contributions of one backward pass and adds them to `fisher`.
 
