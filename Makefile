@@ -44,5 +44,6 @@ $(VENV)/.dev: $(VENV)/.demo
 
 $(VENV)/.bench: $(VENV)/.dev
 	$(PIP) install --no-build-isolation -e '.[bench]'
+	$(PIP) install --no-deps opacus==1.6.0 backpack-for-pytorch==1.7.1 unfoldNd==0.2.3
 	mkdir -p .benchmarks
 	touch $@

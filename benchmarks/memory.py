@@ -9,10 +9,12 @@ A process of its own for each: the allocator keeps what earlier work freed, whic
 from __future__ import annotations
 
 import ctypes
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
 
+import peers
 import torch
 import workloads
 
@@ -31,10 +33,14 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
         few, many = workloads.scores(device, 2, 100), workloads.scores(device)
         return lambda: run(few, 10), lambda: run(many, workloads.K)
     name, samples, tokens = details
-    model, run = workloads.MODELS[name](device), workloads.PASSES[workload]
+    model = workloads.MODELS[name](device)
+    if workload in peers.PEERS:
+        run = peers.PEERS[workload](model)
+    else:
+        run = functools.partial(workloads.PASSES[workload], model)
     small = workloads.batches(name, device, 1, 2, 8)
     full = workloads.batches(name, device, 1, int(samples), int(tokens))
-    return lambda: (run(model, small), model.zero_grad()), lambda: run(model, full)
+    return lambda: (run(small), model.zero_grad()), lambda: run(full)
 
 
 def settle() -> int:

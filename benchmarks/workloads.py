@@ -19,8 +19,15 @@ def encoder(device: str) -> nn.Module:
     from transformers import BertConfig, BertForSequenceClassification
 
     torch.manual_seed(0)
-    config = BertConfig(hidden_size=384, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=12)
-    # evaluation mode for every contender: the Fisher information is defined there, and dropout would cost the others
+    config = BertConfig(
+        hidden_size=384,
+        intermediate_size=1536,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    # evaluation mode for every contender that runs in it: the Fisher information is defined there
     return BertForSequenceClassification(config).to(device).eval()
 
 
