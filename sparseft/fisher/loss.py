@@ -5,7 +5,6 @@ Fisher is (d loss_n / d theta)^2 of the loss of sample n, so its unit is (loss /
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,23 +15,12 @@ from torch import Tensor, nn
 
 from sparseft.fisher import distribution
 from sparseft.fisher.batches import Batch, size
+from sparseft.fisher.heads import kind_of, logits_of
 
 Mode = Literal["empirical", "expected", "sampled"]
 Reduction = Literal["mean", "sum"]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
-# what the head of a transformers model predicts, by what its class is called
-_HEADS = {
-    "ForSequenceClassification": "sequence",
-    "ForImageClassification": "sequence",
-    "ForAudioClassification": "sequence",
-    "ForVideoClassification": "sequence",
-    "ForMultipleChoice": "classes",
-    "ForCausalLM": "causal",
-    "LMHeadModel": "causal",
-    "ForMaskedLM": "tokens",
-    "ForTokenClassification": "tokens",
-}
 _DESCRIPTIONS = {
     "classes": "cross-entropy of the class",
     "multilabel": "binary cross-entropy, {0} over the labels",
@@ -92,8 +80,8 @@ class Objective:
                 'every batch must hold labels ("labels" in a mapping, or (inputs, targets)), got a batch without; '
                 'add them, or use mode="expected" or "sampled", which need none'
             )
-        logits = _logits(model, inputs)
-        kind = _kind(model, logits, labels)
+        logits = logits_of(model, inputs)
+        kind = kind_of(model, logits, labels)
         self.description = self._describe(kind)
         if self._mode == "expected":
             return Pullback(logits, distribution.square_root(kind, logits.detach()))
@@ -134,55 +122,6 @@ def _split(batch: Batch) -> tuple[Any, Tensor | None]:
             )
         return batch[0], batch[1] if len(batch) == 2 else None
     return batch, None
-
-
-def _logits(model: nn.Module, inputs: Any) -> Tensor:
-    if not isinstance(inputs, Mapping):
-        outputs = model(inputs)
-    else:
-        accepted = inspect.signature(model.forward).parameters
-        # a cache of keys and values would be kept through backward for nothing
-        cache = {"use_cache": False} if "use_cache" in accepted else {}
-        outputs = model(**{**cache, **inputs})
-    logits = getattr(outputs, "logits", outputs)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the model must return logits (a tensor, or an output with .logits), got {type(logits).__name__}; "
-            "pass `loss`, a function of (model, batch) that returns one loss a sample"
-        )
-    return logits.float()
-
-
-def _kind(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
-    # PEFT wraps the model whose head it is
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
-    classes = [cls.__name__ for cls in type(inner).__mro__]
-    for head, kind in _HEADS.items():
-        if any(head in name for name in classes):
-            return _sequence_kind(inner, logits, labels) if kind == "sequence" else kind
-    if "PreTrainedModel" in classes:
-        raise ValueError(
-            f"no loss is known for {classes[0]}; pass `loss`, a function of (model, batch) that returns one loss "
-            "a sample"
-        )
-    if labels is not None and labels.is_floating_point():
-        return "regression"
-    return "classes" if logits.dim() == 2 else "tokens"
-
-
-def _sequence_kind(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
-    # the rule of transformers, without its writing the answer into the model's config
-    kinds = {
-        "regression": "regression",
-        "single_label_classification": "classes",
-        "multi_label_classification": "multilabel",
-    }
-    problem = getattr(model.config, "problem_type", None)
-    if problem is not None:
-        return kinds[problem]
-    if logits.shape[-1] == 1:
-        return "regression"
-    return "classes" if labels is None or not labels.is_floating_point() else "multilabel"
 
 
 def _losses(kind: str, logits: Tensor, labels: Tensor, reduction: Reduction, likelihood: bool) -> Tensor:

@@ -1,0 +1,73 @@
+"""Heads: what a model predicts, and so which loss belongs to it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+# what the head of a transformers model predicts, by what its class is called
+_HEADS = {
+    "ForSequenceClassification": "sequence",
+    "ForImageClassification": "sequence",
+    "ForAudioClassification": "sequence",
+    "ForVideoClassification": "sequence",
+    "ForMultipleChoice": "classes",
+    "ForCausalLM": "causal",
+    "LMHeadModel": "causal",
+    "ForMaskedLM": "tokens",
+    "ForTokenClassification": "tokens",
+}
+
+
+def logits_of(model: nn.Module, inputs: Any) -> Tensor:
+    """Run the model; return its logits, fp32."""
+    if not isinstance(inputs, Mapping):
+        outputs = model(inputs)
+    else:
+        accepted = inspect.signature(model.forward).parameters
+        # a cache of keys and values would be kept through backward for nothing
+        cache = {"use_cache": False} if "use_cache" in accepted else {}
+        outputs = model(**{**cache, **inputs})
+    logits = getattr(outputs, "logits", outputs)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the model must return logits (a tensor, or an output with .logits), got {type(logits).__name__}; "
+            "pass `loss`, a function of (model, batch) that returns one loss a sample"
+        )
+    return logits.float()
+
+
+def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
+    """Return what the head predicts: "classes", "multilabel", "regression", "tokens" or "causal" (the next token)."""
+    # PEFT wraps the model whose head it is
+    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+    classes = [cls.__name__ for cls in type(inner).__mro__]
+    for head, kind in _HEADS.items():
+        if any(head in name for name in classes):
+            return _sequence_kind(inner, logits, labels) if kind == "sequence" else kind
+    if "PreTrainedModel" in classes:
+        raise ValueError(
+            f"no loss is known for {classes[0]}; pass `loss`, a function of (model, batch) that returns one loss "
+            "a sample"
+        )
+    if labels is not None and labels.is_floating_point():
+        return "regression"
+    return "classes" if logits.dim() == 2 else "tokens"
+
+
+def _sequence_kind(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
+    # the rule of transformers, without its writing the answer into the model's config
+    kinds = {
+        "regression": "regression",
+        "single_label_classification": "classes",
+        "multi_label_classification": "multilabel",
+    }
+    problem = getattr(model.config, "problem_type", None)
+    if problem is not None:
+        return kinds[problem]
+    if logits.shape[-1] == 1:
+        return "regression"
+    return "classes" if labels is None or not labels.is_floating_point() else "multilabel"
