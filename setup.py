@@ -17,6 +17,7 @@ CPU_SOURCES = [
     "csrc/cpu/delta_swap.cpp",
     "csrc/cpu/fisher_linear.cpp",
     "csrc/cpu/gather.cpp",
+    "csrc/cpu/outer_at.cpp",
     "csrc/cpu/sgd.cpp",
     "csrc/cpu/topk.cpp",
 ]

@@ -20,6 +20,7 @@ from sparseft import reference
 _OPTIMIZER_TAIL = "bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 SCHEMAS = {
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None) -> ()",
+    "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
     "topk_indices": "(Tensor[] scores, int k) -> (Tensor indices, Tensor counts)",
     "gather": "(Tensor[] tensors, Tensor[] indices) -> Tensor[]",
     "delta_swap_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] values) -> ()",
@@ -37,6 +38,10 @@ SERVED_BY: dict[str, dict[str, str]] = {name: {"cpu": "reference", "cuda": "refe
 _library = torch.library.Library("sparseft", "DEF")
 
 
+def _fake_outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
+    return left.new_empty(left.shape[0], indices.numel(), dtype=torch.float32)
+
+
 def _fake_topk_indices(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     dtype = reference.index_dtype(max(score.numel() for score in scores))
     return scores[0].new_empty(k, dtype=dtype), scores[0].new_empty(len(scores), dtype=torch.int64)
@@ -50,7 +55,11 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
     """Stand in for an op that only writes into its arguments."""
 
 
-_FAKES: dict[str, Callable[..., Any]] = {"topk_indices": _fake_topk_indices, "gather": _fake_gather}
+_FAKES: dict[str, Callable[..., Any]] = {
+    "outer_at": _fake_outer_at,
+    "topk_indices": _fake_topk_indices,
+    "gather": _fake_gather,
+}
 
 
 def _from_triton(name: str) -> Callable[..., Any]:

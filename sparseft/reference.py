@@ -24,6 +24,20 @@ def fisher_linear_(fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor 
         fisher += weight * grad.square()
 
 
+def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
+    """Return `sum_t left[n, t, a_j] * right[n, t, b_j]` for every sample n and chosen entry j: fp32 [N, k].
+
+    For left = dy and right = x they are the gradients of a Linear weight [O, I], per sample, at k entries.
+    left: [N, T, A]; right: [N, T, B], of one dtype, fp32, bf16 or fp16, any strides; indices: [k], flat positions
+    a_j * B + b_j. Accumulates in fp32.
+    """
+    rows, columns = indices.long() // right.shape[2], indices.long() % right.shape[2]
+    result = left.new_empty(left.shape[0], indices.numel(), dtype=_wide(left[:0]).dtype)
+    for n in range(left.shape[0]):
+        result[n] = (_wide(left[n])[:, rows] * _wide(right[n])[:, columns]).sum(0)
+    return result
+
+
 def topk_indices(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Return where the k largest of all scores are, exactly k of them, ties going to the lowest (tensor, index).
 

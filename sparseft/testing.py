@@ -60,6 +60,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(0)
     makers = {
         "fisher_linear_": _fisher_linear_inputs,
+        "outer_at": _outer_at_inputs,
         "topk_indices": _topk_inputs,
         "gather": _gather_inputs,
         "delta_swap_": _delta_swap_inputs,
@@ -76,6 +77,8 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
     result = function(*call.args, **call.kwargs)
     if op == "fisher_linear_":
         return [call.args[0]]
+    if op == "outer_at":
+        return [result]
     if op in ("topk_indices", "gather"):
         return list(result)
     if op == "delta_swap_":
@@ -163,6 +166,31 @@ def _fisher_linear_inputs(generator: torch.Generator, dtype: torch.dtype) -> Ite
     yield Sample("no token", (start, x[:, :0], dy[:, :0]))
     yield Sample("strided x and dy", (start, x.transpose(0, 1).contiguous().transpose(0, 1), dy.expand(n, t, o)))
     yield Sample("broadcast dy, stride 0", (start, x, dy[:, :1].expand(n, t, o)))
+
+
+def _outer_at_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    for n, t, a, b, k in [
+        (3, 7, 37, 53, 100),
+        (1, 1, 1, 1, 1),
+        (2, 33, 64, 128, 37),
+        (5, 1, 70, 19, 1330),
+        (1, 300, 16, 20, 64),
+        (4, 64, 9, 65, 3),
+    ]:
+        left, right = _randn(generator, n, t, a).to(dtype), _randn(generator, n, t, b).to(dtype)
+        yield Sample(f"N{n} T{t} A{a} B{b} k{k}", (left, right, random_indices(a * b, k, generator)))
+    left, right = _randn(generator, 3, 10, 20).to(dtype), _randn(generator, 3, 10, 30).to(dtype)
+    indices = random_indices(600, 90, generator)
+    yield Sample("int64 indices", (left, right, indices.long()))
+    yield Sample("one row, one column", (left, right, torch.tensor([*range(60, 90), *range(95, 600, 30)])))
+    yield Sample("no entry", (left, right, indices[:0]))
+    yield Sample("no sample", (left[:0], right[:0], indices))
+    yield Sample("no token", (left[:, :0], right[:, :0], indices))
+    yield Sample(
+        "transposed left and right",
+        (left.mT.contiguous().mT, right.transpose(0, 1).contiguous().transpose(0, 1), indices),
+    )
+    yield Sample("broadcast left, stride 0", (left[:, :1].expand(3, 10, 20), right, indices))
 
 
 def _topk_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
