@@ -213,7 +213,7 @@ CASES = {
         lambda: OfParametersOnly(scale=parameter(H), other=parameter(H)),
         {"scale": FELL, "other": FELL},
     ),
-    "convolution": (lambda: Convolution(conv=nn.Conv1d(H, H, 3, padding=1)), {"conv.weight": FELL}),
+    "convolution": (lambda: Convolution(conv=nn.Conv1d(H, H, 3, padding=1)), {"conv.weight": "conv"}),
     "a hidden use": (lambda: HiddenUse(lin=nn.Linear(H, H)), {"lin.weight": FELL, "lin.bias": "bias"}),
     "changed in place": (
         lambda: InPlace(lin=nn.Linear(H, H), norm=nn.LayerNorm(H)),

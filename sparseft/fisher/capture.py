@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import elementwise, embedding, gather, linear, norm
+from sparseft.fisher import conv, elementwise, embedding, gather, linear, norm
 from sparseft.fisher.contribution import Contribution
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **linear.RULES,
+    **conv.RULES,
     **embedding.RULES,
     **norm.RULES,
     **elementwise.RULES,

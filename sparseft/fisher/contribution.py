@@ -1,7 +1,8 @@
 """What one use of a parameter contributes to its per-sample gradient, and how contributions become Fisher.
 
-Three forms cover every rule. They are kept unmultiplied, because the contributions of all uses of a parameter must be
-added per sample before they are squared, and because the per-sample gradient itself is never stored.
+A few forms cover every rule; that of convolutions is in `patches`. They are kept unmultiplied, because the
+contributions of all uses of a parameter must be added per sample before they are squared, and because the per-sample
+gradient itself is never stored.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.fisher.patches import Patches
 
 
 @dataclass
@@ -55,7 +57,7 @@ class Vector:
         return _nonzero(self.grad)
 
 
-Contribution = Outer | Lookup | Vector
+Contribution = Outer | Patches | Lookup | Vector
 
 
 def add_outers_(fisher: Tensor, outers: list[Outer]) -> None:

@@ -18,6 +18,7 @@ from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Layout, Use
 from sparseft.fisher.contribution import Contribution, Outer
 from sparseft.fisher.loss import Objective, Pullback
+from sparseft.fisher.patches import Patches
 from sparseft.fisher.tally import mixed
 
 # as few as can show it: the probe is overhead, of about an eighth of a pass over 16 samples
@@ -180,7 +181,7 @@ def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tupl
 
     def emit(use: Use, part: Contribution) -> None:
         nonlocal eps
-        if isinstance(part, Outer):
+        if isinstance(part, (Outer, Patches)):
             eps = max(eps, torch.finfo(part.left.dtype).eps)
         reaches = part.reaches().tolist()
         if reaches[sample]:

@@ -10,8 +10,9 @@ from torch import Tensor
 from sparseft.fisher import contribution
 from sparseft.fisher.capture import Use
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
+from sparseft.fisher.patches import Patches, add_patches_
 
-_FORM: dict[str, type[Contribution]] = {"linear": Outer, "embedding": Lookup}
+_FORM: dict[str, type[Contribution]] = {"linear": Outer, "conv": Patches, "embedding": Lookup}
 
 
 def form(use: Use) -> type[Contribution]:
@@ -29,7 +30,7 @@ def mixed(uses: Collection[Use]) -> dict[str, str]:
     return {
         name: f"used as {' and as '.join(sorted(rules[name]))}"
         for name, used in forms.items()
-        if len(used) > 1 and Vector in used
+        if len(used) > 1 and used != {Outer, Lookup}
     }
 
 
@@ -91,6 +92,7 @@ class _Waiting:
         self._arrived = 0
         self._outers: list[Outer] = []
         self._outers_to_come = sum(form(use) is Outer for use in uses)
+        self._patches: list[Patches] = []
         self._lookups: dict[Use, Lookup] = {}
         self._rows: Tensor | None = None
         self._vector: Tensor | None = None
@@ -102,6 +104,8 @@ class _Waiting:
             self._outers_to_come -= 1
             if not self._outers_to_come:
                 self._close_outers()
+        elif isinstance(part, Patches):
+            self._patches.append(part)
         elif isinstance(part, Lookup):
             self._lookups[use] = part
         else:
@@ -114,6 +118,8 @@ class _Waiting:
     def close(self) -> None:
         if self._outers:
             self._close_outers()
+        if self._patches:
+            add_patches_(self._fisher, self._patches)
         if self._lookups:
             contribution.add_lookups_(self._fisher, self._all_lookups(), self._rows)
         if self._vector is not None:
