@@ -35,9 +35,9 @@ SAMPLING = ("fish", "sift")
 DEFAULT_LR = {
     "fish": 3e-3,
     "sift": 3e-3,
-    "magnitude": 3e-2,  # not swept yet: as random
+    "magnitude": 1e-2,
     "random": 3e-2,
-    "head": 3e-2,
+    "head": 1e-1,
     "full": 3e-4,
 }
 WARMUP = 0.1  # share of the steps
