@@ -16,6 +16,7 @@ CPU_SOURCES = [
     "csrc/cpu/adamw.cpp",
     "csrc/cpu/delta_swap.cpp",
     "csrc/cpu/fisher_linear.cpp",
+    "csrc/cpu/fisher_segments.cpp",
     "csrc/cpu/gather.cpp",
     "csrc/cpu/outer_at.cpp",
     "csrc/cpu/sgd.cpp",

@@ -21,6 +21,8 @@ _OPTIMIZER_TAIL = "bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_sca
 SCHEMAS = {
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None) -> ()",
     "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
+    "fisher_segments_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor offsets, Tensor? groups=None, "
+    "Tensor? weight=None) -> ()",
     "topk_indices": "(Tensor[] scores, int k) -> (Tensor indices, Tensor counts)",
     "gather": "(Tensor[] tensors, Tensor[] indices) -> Tensor[]",
     "delta_swap_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] values) -> ()",

@@ -6,6 +6,8 @@ Index lists are flat positions in C order, sorted, unique; int32, or int64 for a
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -36,6 +38,29 @@ def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     for n in range(left.shape[0]):
         result[n] = (_wide(left[n])[:, rows] * _wide(right[n])[:, columns]).sum(0)
     return result
+
+
+def fisher_segments_(
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    offsets: Tensor,
+    groups: Tensor | None = None,
+    weight: Tensor | None = None,
+) -> None:
+    """Add `w_s * (sum over the rows m of segment s of dy[m,:] outer x[m,:])**2` to the Fisher slab of its group.
+
+    What fisher_linear_ does for rows in segments of any length: samples without padding, or the tokens that each
+    sample sent to each expert. fisher: fp32 [O, I], or [G, O, I] with groups; x: [M, I]; dy: [M, O], same dtype as x
+    (fp32, bf16, fp16); offsets: int64 [S + 1], ascending, segment s holds the rows offsets[s] .. offsets[s + 1] - 1;
+    groups: int64 [S], the slab of a segment, in any order; weight: fp32 [S] or None for ones.
+    Source: FISH Mask, arXiv 2111.09839, equation 4, for one layer whose rows belong to samples and experts.
+    """
+    bounds = offsets.tolist()
+    for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        slab = fisher if groups is None else fisher[int(groups[s])]
+        grad = _wide(dy[begin:end]).T @ _wide(x[begin:end])
+        slab += (1.0 if weight is None else weight[s]) * grad.square()
 
 
 def topk_indices(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:

@@ -60,6 +60,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(0)
     makers = {
         "fisher_linear_": _fisher_linear_inputs,
+        "fisher_segments_": _fisher_segments_inputs,
         "outer_at": _outer_at_inputs,
         "topk_indices": _topk_inputs,
         "gather": _gather_inputs,
@@ -75,7 +76,7 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
     """Call an op on a copy of the sample and return all it returned or changed, in a fixed order."""
     call = sample.clone()
     result = function(*call.args, **call.kwargs)
-    if op == "fisher_linear_":
+    if op in ("fisher_linear_", "fisher_segments_"):
         return [call.args[0]]
     if op == "outer_at":
         return [result]
@@ -191,6 +192,29 @@ def _outer_at_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator
         (left.mT.contiguous().mT, right.transpose(0, 1).contiguous().transpose(0, 1), indices),
     )
     yield Sample("broadcast left, stride 0", (left[:, :1].expand(3, 10, 20), right, indices))
+
+
+def _fisher_segments_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    i, o, rows = 37, 53, 41
+    x, dy = _randn(generator, rows, i).to(dtype), _randn(generator, rows, o).to(dtype)
+    offsets = torch.tensor([0, 3, 3, 20, 21, 41])
+    slab, slabs = torch.rand(o, i, generator=generator), torch.rand(4, o, i, generator=generator)
+    weight = torch.tensor([0.5, 3.0, 0.0, 2.0, 1.0])
+    yield Sample("one slab, segments of 0 to 20 rows", (slab, x, dy, offsets))
+    yield Sample("weighted segments, one dropped", (slab, x, dy, offsets, None, weight))
+    yield Sample("sorted groups, one without segments", (slabs, x, dy, offsets, torch.tensor([0, 0, 1, 1, 3])))
+    yield Sample("unsorted groups, weights", (slabs, x, dy, offsets, torch.tensor([2, 0, 3, 0, 2]), weight))
+    yield Sample("rows outside of all segments", (slab, x, dy, torch.tensor([2, 20, 33])))
+    yield Sample("no segment", (slabs, x, dy, offsets[:1], offsets[:0]))
+    yield Sample("segments without rows", (slabs, x, dy, torch.tensor([7, 7, 7]), torch.tensor([1, 0])))
+    yield Sample("no row", (slab, x[:0], dy[:0], torch.tensor([0, 0])))
+    yield Sample("one row", (slab[:1, :1], x[:1, :1], dy[:1, :1], torch.tensor([0, 1])))
+    yield Sample("strided x and dy", (slab, x.T.contiguous().T, dy[:, :1].expand(rows, o), offsets))
+    x, dy = _randn(generator, 100, 130).to(dtype), _randn(generator, 100, 66).to(dtype)
+    offsets = torch.tensor([0, 16, 33, 100])
+    yield Sample("I130 O66", (torch.zeros(2, 66, 130), x, dy, offsets, torch.tensor([1, 0, 1])))
+    x, dy = x[:, :128].contiguous(), dy[:, :64].contiguous()
+    yield Sample("I128 O64", (torch.zeros(64, 128), x, dy, offsets))
 
 
 def _topk_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

@@ -26,6 +26,7 @@ from sparseft import ops, testing
 
 ARCHITECTURES = (80, 90)
 KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + ["_histogram_kernel", "_count_kernel"]
+FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_segments_kernel"]
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -65,6 +66,7 @@ def specialize(value: Any, param: Any) -> tuple[str, Any]:
 
 def launch_everything(architecture: int) -> None:
     fisher_linear = importlib.import_module("sparseft.kernels.fisher_linear")
+    fisher_segments = importlib.import_module("sparseft.kernels.fisher_segments")
     hopper = architecture >= 90
     fisher_linear._gpu = lambda device: (hopper, 132)
     for op in ops.SCHEMAS:
@@ -80,6 +82,10 @@ def launch_everything(architecture: int) -> None:
         for block_t in (32, 64) if hopper else (32,):
             for tile in fisher_linear.tiles(dtype, True, block_t):
                 fisher_linear.launch(fisher, x, x, weight, tile)
+        rows, offsets, groups = x.flatten(0, 1), torch.tensor([0, 5, 128]), torch.tensor([1, 0])
+        for block_t in (16, 32, 64) if hopper else (16, 32):
+            for tile in fisher_linear.tiles(dtype, True, block_t):
+                fisher_segments.launch(torch.zeros(2, 256, 256), rows, rows, offsets, groups, weight, tile)
 
 
 def compile_launch(kernel: Any, types: dict[str, tuple[str, Any]], options: dict[str, Any], architecture: int) -> Any:
@@ -170,9 +176,10 @@ def test_kernel_stays_in_registers_and_shared_memory(kernel, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(architecture):
+@pytest.mark.parametrize("kernel", FISHER_KERNELS)
+def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
     wanted, other = ("wgmma", "mma.sync") if architecture >= 90 else ("mma.sync", "wgmma")
-    variants = [v for v in variants_of("_fisher_linear_kernel", architecture) if "fp32" not in v["variant"]["x"]]
+    variants = [v for v in variants_of(kernel, architecture) if "fp32" not in v["variant"]["x"]]
     assert {variant["variant"]["x"].split()[0] for variant in variants} == {"*bf16", "*fp16"}
     for variant in variants:
         assert variant[wanted] > 0, variant
@@ -180,16 +187,18 @@ def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fisher_of_fp32_inputs_is_never_rounded_to_tf32(architecture):
-    variants = [v for v in variants_of("_fisher_linear_kernel", architecture) if "fp32" in v["variant"]["x"]]
+@pytest.mark.parametrize("kernel", FISHER_KERNELS)
+def test_fisher_of_fp32_inputs_is_never_rounded_to_tf32(kernel, architecture):
+    variants = [v for v in variants_of(kernel, architecture) if "fp32" in v["variant"]["x"]]
     assert variants
     for variant in variants:
         assert variant["wgmma"] == variant["mma.sync"] == 0, variant
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_fisher_keeps_loads_in_flight_from_sample_to_sample(architecture):
-    variants = variants_of("_fisher_linear_kernel", architecture)
+@pytest.mark.parametrize("kernel", FISHER_KERNELS)
+def test_fisher_keeps_loads_in_flight_from_sample_to_sample(kernel, architecture):
+    variants = variants_of(kernel, architecture)
     aligned = [v for v in variants if all(v["variant"][n].endswith("True") for n in ("out_features", "in_features"))]
     assert aligned
     for variant in variants:
