@@ -12,6 +12,8 @@ from torch import nn
 from sparseft.fisher import batch_one_fisher, estimate_fisher
 from sparseft.fisher.loss import Objective
 
+CAUSAL = ("gpt2", "llama", "llama tied")
+
 
 def losses(model, batch, **options):
     model.eval()
@@ -28,9 +30,7 @@ def test_losses_are_those_of_the_model_for_batches_of_one(name):
     with torch.no_grad():
         torch.testing.assert_close(found, torch.stack([model(**one).loss for one in ones]))
     if name in models.TOKEN_LEVEL:
-        counts = [
-            one["labels"][:, 1 if name in ("gpt2", "llama", "llama tied") else 0 :].ne(-100).sum() for one in ones
-        ]
+        counts = [one["labels"][:, 1 if name in CAUSAL else 0 :].ne(-100).sum() for one in ones]
         torch.testing.assert_close(losses(model, batch, reduction="sum"), found * torch.stack(counts))
 
 
@@ -49,6 +49,85 @@ def test_the_two_token_reductions_are_two_estimates():
     name = "transformer.h.0.mlp.c_fc.weight"
     ratio = total[name] / mean[name]
     assert ratio.max() > 1.5 * ratio.min()
+
+
+def rows(batch, *parts):
+    return [{key: value[part] for key, value in batch.items()} for part in parts]
+
+
+def assert_scores(found, expected):
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        tolerance = 1e-5 * float(value.max()) + 1e-14
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@pytest.mark.parametrize("name", models.TOKEN_LEVEL)
+def test_tokens_may_be_squared_one_by_one(name):
+    model, batch = models.make(name), models.batch(name)
+    model.eval()
+    causal = name in CAUSAL
+    expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+    for n in range(5):
+        one = rows(batch, slice(n, n + 1))[0]
+        labels = one.pop("labels")[0]
+        log_p = F.log_softmax(model(**one).logits[0], -1)
+        for t in range(causal, len(labels)):
+            if labels[t] != -100:
+                for key, square in squares(model, -log_p[t - causal, labels[t]]).items():
+                    expected[key] += square / 5
+    model.train()
+    scores = estimate_fisher(model, [batch], token_reduction="token", progress=False)
+    assert "each squared by itself" in str(scores.report)
+    assert_scores(scores, expected)
+    assert_scores(batch_one_fisher(model, [batch], token_reduction="token"), expected)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
+@pytest.mark.parametrize("name", ["bert masked", "gpt2"])
+def test_no_unit_depends_on_the_batch_size(name, reduction):
+    model, batch = models.make(name), models.batch(name)
+    batch["labels"][3] = -100  # a sample without a label counts, with a gradient of zero
+    whole = estimate_fisher(model, [batch], token_reduction=reduction, progress=False)
+    assert whole.report.samples == 5
+    for cuts in ([slice(0, 2), slice(2, 5)], [slice(n, n + 1) for n in range(5)]):
+        parts = estimate_fisher(model, rows(batch, *cuts), token_reduction=reduction, progress=False)
+        assert_scores(parts, whole)
+
+
+def test_a_loss_of_ones_own_may_be_given_by_token():
+    model, batch = models.make("gpt2"), models.batch("gpt2")
+
+    def by_token(model, batch):
+        logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+        return F.cross_entropy(logits.transpose(1, 2), batch["labels"][:, 1:], reduction="none")
+
+    own = estimate_fisher(model, [batch], loss=by_token, token_reduction="token", progress=False)
+    assert "by_token" in own.report.loss
+    assert_scores(own, estimate_fisher(model, [batch], token_reduction="token", progress=False))
+    with pytest.raises(ValueError, match=r"one value a token, shape \[1, T\]"):
+        estimate_fisher(
+            model, [batch], loss=lambda m, b: by_token(m, b).sum(1), token_reduction="token", progress=False
+        )
+
+
+@pytest.mark.parametrize("name", ["bert", "bert masked", "gpt2"])
+def test_label_smoothing_is_that_of_torch(name):
+    model, batch = models.make(name), models.batch(name)
+    model.eval()
+    expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+    for one in rows(batch, *(slice(n, n + 1) for n in range(5))):
+        labels = one.pop("labels")
+        logits = model(**one).logits
+        if name in CAUSAL:
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.2)
+        for key, square in squares(model, loss).items():
+            expected[key] += square / 5
+    smoothed = estimate_fisher(model, [batch], label_smoothing=0.2, progress=False)
+    assert "label smoothing 0.2" in smoothed.report.loss
+    assert_scores(smoothed, expected)
+    assert_scores(batch_one_fisher(model, [batch], label_smoothing=0.2), expected)
 
 
 def squares(model, loss):

@@ -77,6 +77,23 @@ def test_the_model_is_left_as_it_was_found(function, fail):
     model.norm.reset_running_stats()
 
 
+def test_an_interruption_while_data_are_loaded_leaves_the_model_as_it_was_found():
+    def interrupted():
+        yield X, Y
+        raise KeyboardInterrupt
+
+    for function in (estimate_fisher, batch_one_fisher):
+        model = nn.Sequential(nn.Linear(4, 3), nn.Dropout())
+        model[0].bias.requires_grad_(False)
+        before = snapshot(model)
+        with pytest.raises(KeyboardInterrupt):
+            function(model, interrupted())
+        assert snapshot(model)[:3] == before[:3]
+        assert not torch.overrides._len_torch_function_stack()
+        model(X).sum().backward()
+        assert model[0].weight.grad is not None
+
+
 def test_gradient_checkpointing_of_transformers_is_left_on_and_does_no_harm():
     for reentrant in (True, False):
         model, batch = models.make("llama"), models.batch("llama")
@@ -132,7 +149,7 @@ def test_bad_samples_are_dropped_and_leave_no_trace(bad, journal, monkeypatch):
         monkeypatch.setattr(ledgers, "_CHECK_EVERY", 10**6)
     else:
         monkeypatch.setattr(ledgers, "nbytes", lambda batch: 0)
-    scores = estimate_fisher(model, batches, progress=False)
+    scores = estimate_fisher(model, batches, progress=False, max_dropped=0.1)
     assert scores.report.dropped == sorted(bad)
     assert scores.report.positions == [n for n in range(63) if n not in bad]
     assert f"dropped as not finite: {len(bad)} samples" in str(scores.report)
@@ -156,6 +173,18 @@ def test_nothing_but_bad_samples_is_an_error():
     x, y = bad_at({0: 0.0, 1: float("nan")}, 2)
     with pytest.raises(ValueError, match="finite"):
         estimate_fisher(Inverse(), [(x, y)], progress=False)
+
+
+def test_too_many_bad_samples_are_refused_by_name():
+    x, y = bad_at({5: 0.0, 12: float("nan")}, 40)
+    assert estimate_fisher(Inverse(), [(x, y)], progress=False).report.dropped == [5, 12]
+    x, y = bad_at({5: 0.0, 12: float("nan"), 30: 0.0}, 40)
+    model = Inverse()
+    with pytest.raises(ValueError, match=r"at most 5.0% .* got 3 of 40, at 5, 12, 30"):
+        estimate_fisher(model, [(x, y)], progress=False)
+    with pytest.raises(ValueError, match=r"got 3 of 40"):
+        estimate_fisher(model, [(x, y)], progress=False, max_dropped=0.0)
+    assert estimate_fisher(model, [(x, y)], progress=False, max_dropped=0.08).report.samples == 37
 
 
 class Coupled(nn.Module):
@@ -201,6 +230,14 @@ X, Y = torch.randn(5, 4), torch.randint(0, 3, (5,))
         ([(X, Y)], {"samples": 0}, ValueError, "samples"),
         ([(X, Y)], {"mode": "true"}, ValueError, "mode"),
         ([(X, Y)], {"token_reduction": "max"}, ValueError, "token_reduction"),
+        ([(X, Y)], {"label_smoothing": 1.0}, ValueError, "label_smoothing"),
+        ([(X, Y)], {"label_smoothing": 0.1, "mode": "sampled"}, ValueError, "label_smoothing"),
+        ([(X, X[:, :3])], {"label_smoothing": 0.1}, ValueError, "regression head"),
+        ([(X, Y)], {"max_dropped": 5}, ValueError, "max_dropped"),
+        ([(X, Y)], {"batch_dim": -1}, ValueError, "batch_dim"),
+        ([(X, Y)], {"batch_dim": {"x": 1}}, ValueError, r"'0': \[5, 4\]"),
+        ([(X, Y)], {"resume": "a", "checkpoint": "b"}, ValueError, "one of them"),
+        ([(X, Y)], {"resume": "no such file"}, FileNotFoundError, "no such file"),
         ([(X, Y)], {"names": ["weight", "wieght"]}, ValueError, "wieght"),
         ([(X, Y)], {"names": []}, ValueError, "parameter to score"),
     ],

@@ -11,10 +11,13 @@ from torch import Tensor
 Batch = Any
 
 
-def limited(data: Iterable[Batch], samples: int | None) -> Iterator[tuple[Batch, list[int]]]:
+def limited(
+    data: Iterable[Batch], samples: int | None, turn: Callable[[Batch], Batch] | None = None
+) -> Iterator[tuple[Batch, list[int]]]:
     """Yield (batch, positions of its samples in the data) until `samples` samples were given out; None means all.
 
     The last batch is cut, so that exactly `samples` are used, all of them if there are fewer.
+    turn: brings the samples of a batch into the first dimension of each tensor.
     """
     if isinstance(data, (Mapping, str, Tensor)) or not isinstance(data, Iterable):
         raise TypeError(
@@ -23,6 +26,7 @@ def limited(data: Iterable[Batch], samples: int | None) -> Iterator[tuple[Batch,
         )
     used = 0
     for batch in data:
+        batch = batch if turn is None else turn(batch)
         count = size(batch)
         if not count:
             continue
@@ -39,53 +43,60 @@ def limited(data: Iterable[Batch], samples: int | None) -> Iterator[tuple[Batch,
 
 def size(batch: Batch) -> int:
     """Return the number of samples N: the leading size of the batch's tensors; a leading 1 is shared by all."""
-    leading = {tensor.shape[0] for tensor in _tensors(batch) if tensor.dim()}
+    leading = {tensor.shape[0] for tensor in tensors(batch).values() if tensor.dim()}
     if not leading:
         raise ValueError("a batch must hold tensors with a leading sample dimension, got none; collate before scoring")
     if len(leading - {1}) > 1:
         raise ValueError(
             f"all tensors of a batch must have the same leading size, got {sorted(leading)}; "
-            "make the sample dimension the first one of each"
+            "make the sample dimension the first one of each, or name it with `batch_dim`"
         )
     return max(leading)
 
 
 def take(batch: Batch, samples: Iterable[int]) -> Batch:
     """Return a batch of the given samples, in the given order."""
-    count, index = size(batch), torch.tensor(list(samples))
+    count, index = size(batch), torch.tensor(list(samples), dtype=torch.long)
 
-    def one(tensor: Tensor) -> Tensor:
+    def one(tensor: Tensor, path: str) -> Tensor:
         return tensor[index.to(tensor.device)] if tensor.dim() and tensor.shape[0] == count else tensor
 
-    return _map(batch, one)
+    return each(batch, one)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     """Move every tensor."""
-    return _map(batch, lambda tensor: tensor.to(device, non_blocking=True))
+    return each(batch, lambda tensor, path: tensor.to(device, non_blocking=True))
 
 
 def nbytes(batch: Batch) -> int:
     """Return the bytes its tensors take."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in _tensors(batch))
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors(batch).values())
 
 
-def _tensors(batch: Batch) -> list[Tensor]:
-    found: list[Tensor] = []
-    _map(batch, lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+def tensors(batch: Batch) -> dict[str, Tensor]:
+    """Return its tensors, path -> tensor: "labels", "0" for the first of a tuple, "inputs.mask" for one of a nest."""
+    found: dict[str, Tensor] = {}
+    each(batch, lambda tensor, path: found.setdefault(path, tensor))
     return found
 
 
-def _map(batch: Batch, function: Callable[[Tensor], Tensor]) -> Batch:
+def each(batch: Batch, function: Callable[[Tensor, str], Tensor], path: str = "") -> Batch:
+    """Return the batch with every tensor replaced by function(tensor, path)."""
     if isinstance(batch, Tensor):
-        return function(batch)
+        return function(batch, path)
     if isinstance(batch, Mapping):
-        return {key: _map(value, function) for key, value in batch.items()}
+        return {key: each(value, function, _joined(path, key)) for key, value in batch.items()}
     if isinstance(batch, (tuple, list)):
-        return type(batch)(_map(value, function) for value in batch)
+        parts = [each(value, function, _joined(path, index)) for index, value in enumerate(batch)]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     if batch is None or isinstance(batch, (bool, int, float)):
         return batch
     raise TypeError(
         f"a batch must be made of tensors, got {type(batch).__name__}; tokenize text and drop the columns that the "
         "model does not take"
     )
+
+
+def _joined(path: str, key: object) -> str:
+    return f"{path}.{key}" if path else str(key)

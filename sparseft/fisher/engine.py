@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sized
+import os
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import replace
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -12,7 +14,9 @@ from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import aliases, scored_parameters, unwrapped
-from sparseft.fisher.report import FisherReport, FisherScores
+from sparseft.fisher.report import FisherReport, FisherScores, few
+from sparseft.fisher.resume import Continuation, fingerprint
+from sparseft.fisher.sample_dim import SampleDim
 from sparseft.fisher.state import evaluation, without_recomputation
 from sparseft.fisher.tally import Squares
 
@@ -25,7 +29,13 @@ def estimate_fisher(
     mode: Mode = "empirical",
     loss: Loss | None = None,
     token_reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    batch_dim: int | Mapping[str, int] | None = None,
     names: Iterable[str] | None = None,
+    max_dropped: float = 0.05,
+    resume: FisherScores | str | os.PathLike[str] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    checkpoint_seconds: float = 300.0,
     seed: int = 0,
     progress: bool = True,
 ) -> FisherScores:
@@ -47,8 +57,22 @@ def estimate_fisher(
             unit variance, whose loss is half the squared error.
         loss: a function of (model, batch) that returns one loss a sample, [N], in place of the head's own.
         token_reduction: a token-level loss is the "mean" over the labelled tokens of a sample, which is what
-            transformers computes for a batch of one, or their "sum".
+            transformers computes for a batch of one, or their "sum"; a sample is squared as a whole. "token" squares
+            the gradient of every labelled token by itself and sums the squares over the tokens of a sample: another
+            quantity, exact too, that takes as many backward passes a batch as its sample with most labels has. A
+            `loss` of one's own then returns [N, T].
+        label_smoothing: share of the target that is spread evenly over all classes, as in
+            `torch.nn.functional.cross_entropy`; for mode "empirical".
+        batch_dim: the dimension of the batch's tensors that counts samples, where it is not the first: one for all, or
+            by name ({"src": 1}; "0" and "1" are the parts of a tuple). By default it is found by shape, if the shapes
+            leave no doubt.
         names: the parameters to score; by default all that require gradients.
+        max_dropped: the largest share of samples that may be left out because their gradient is not finite.
+        resume: scores of earlier samples, or their file: the data go on after them, and the result is the mean over
+            both, as if they had been one pass.
+        checkpoint: a file to save to every `checkpoint_seconds` seconds and at the end. If it is there already, the
+            pass goes on where it stopped: the samples it holds are skipped, and must be the first of the data again.
+        checkpoint_seconds: see checkpoint.
         seed: of the draws of mode "sampled".
         progress: show a bar, if the pass takes longer than two seconds.
 
@@ -56,40 +80,75 @@ def estimate_fisher(
         Parameter name -> fp32 scores of its shape, in (loss of one sample / parameter)^2, with a `report`.
 
     Raises:
-        ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; no sample
-            with a finite gradient; names that are not the model's.
+        ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; too few
+            samples with a finite gradient; names that are not the model's; earlier scores of something else.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
+    if not 0 <= max_dropped <= 1:
+        raise ValueError(f"max_dropped must be a share of the samples, in [0, 1], got {max_dropped}")
     model = unwrapped(model)
     parameters = scored_parameters(model, names)
-    report = FisherReport(mode, aliases=aliases(model, parameters))
-    objective = Objective(mode, loss, token_reduction, seed)
+    turned = SampleDim(batch_dim)
+    objective = Objective(mode, loss, token_reduction, seed, label_smoothing=label_smoothing, samples=turned)
+    report = FisherReport(
+        mode, aliases=aliases(model, parameters), settings=objective.settings, fingerprint=fingerprint(model)
+    )
+    past = Continuation(resume, checkpoint, checkpoint_seconds, parameters, report)
     run = OnePass(model, objective, parameters, report)
     ledger = Ledger(parameters, lambda sums, batch, positions: run.add(Squares(sums), batch, positions))
-    with evaluation(model, parameters), without_recomputation(), _bar(data, samples, progress) as bar:
-        for batch, positions in limited(data, samples):
-            ledger.add(batch, positions)
-            bar.update(len(positions))
-        ledger.close()
-    report.positions, report.dropped = sorted(ledger.used), sorted(ledger.dropped)
-    report.loss = objective.description
-    if not report.positions:
-        raise ValueError(
-            f"at least one sample must have a finite loss and gradient, got none in {len(report.dropped)}; check the "
-            "model's weights, its dtype and the labels"
-        )
-    for name, total in ledger.sums.items():
-        report.rules[name] = run.rule(name)
+    count = 0
+    with evaluation(model, parameters), without_recomputation(), _bar(data, samples, past.skipped, progress) as bar:
+        for batch, positions in limited(data, samples, turned.first):
+            count += len(positions)
+            batch, positions = past.rest(batch, positions)
+            if positions:
+                ledger.add(batch, positions)
+                bar.update(len(positions))
+            if past.due():
+                ledger.settle()
+                past.save(past.joined(_scores(ledger, run, objective, report, copy=True)))
+        ledger.settle()
+    past.end(count)
+    scores = past.joined(_scores(ledger, run, objective, report))
+    past.save(scores)
+    _check_dropped(scores.report, max_dropped)
+    return scores
+
+
+def _scores(
+    ledger: Ledger, run: OnePass, objective: Objective, report: FisherReport, *, copy: bool = False
+) -> FisherScores:
+    """Return the mean over a settled ledger's samples; without copy, in the memory of its sums."""
+    used, dropped = sorted(ledger.used), sorted(ledger.dropped)
+    rules = {name: run.rule(name) for name in ledger.sums}
+    sums = {name: total.clone() for name, total in ledger.sums.items()} if copy else ledger.sums
+    for total in sums.values():
         # a tied weight's cross terms may leave -0.0000001 where 0 is meant
-        total.div_(report.samples).clamp_(min=0)
-    return FisherScores(ledger.sums, report)
+        total.div_(max(len(used), 1)).clamp_(min=0)
+    return FisherScores(
+        sums, replace(report, loss=objective.description, positions=used, dropped=dropped, rules=rules)
+    )
 
 
-def _bar(data: Iterable[Batch], samples: int | None, progress: bool) -> tqdm:
+def _check_dropped(report: FisherReport, most: float) -> None:
+    lost = len(report.dropped)
+    if not report.samples:
+        raise ValueError(
+            f"at least one sample must have a finite loss and gradient, got none in {lost}; check the model's "
+            "weights, its dtype and the labels"
+        )
+    if lost > most * report.seen:
+        raise ValueError(
+            f"at most {most:.1%} of the samples may be dropped as not finite, got {lost} of {report.seen}, at "
+            f"{few(report.dropped)}; check these samples, their labels and the model's dtype, or raise max_dropped"
+        )
+
+
+def _bar(data: Iterable[Batch], samples: int | None, skipped: int, progress: bool) -> tqdm:
     available = getattr(data, "dataset", None)
     counts = [] if samples is None else [samples]
     if isinstance(available, Sized):
         counts.append(len(available))
     total = min(counts, default=None)
-    return tqdm(total=total, desc="Fisher", unit="sample", delay=2, disable=not progress)
+    return tqdm(total=total, initial=skipped, desc="Fisher", unit=" samples", delay=2, disable=not progress)

@@ -50,8 +50,8 @@ class Ledger:
         if len(self._journal) % _CHECK_EVERY == 0 or self._room < 0:
             self._check()
 
-    def close(self) -> None:
-        """Check what was added since the last check."""
+    def settle(self) -> None:
+        """Check what was added since the last check; the sums are finite afterwards."""
         if self._scratch is None:
             self._check()
 

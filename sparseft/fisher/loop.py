@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from sparseft.fisher.batches import Batch, limited, take, to_device
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.parameters import scored_parameters, unwrapped
+from sparseft.fisher.sample_dim import SampleDim
 from sparseft.fisher.state import evaluation
 
 
@@ -21,6 +22,8 @@ def batch_one_fisher(
     mode: Mode = "empirical",
     loss: Loss | None = None,
     token_reduction: Reduction = "mean",
+    label_smoothing: float = 0.0,
+    batch_dim: int | Mapping[str, int] | None = None,
     names: Iterable[str] | None = None,
     seed: int = 0,
 ) -> dict[str, Tensor]:
@@ -31,14 +34,15 @@ def batch_one_fisher(
     """
     model = unwrapped(model)
     parameters = scored_parameters(model, names)
-    objective = Objective(mode, loss, token_reduction, seed)
+    turned = SampleDim(batch_dim)
+    objective = Objective(mode, loss, token_reduction, seed, label_smoothing=label_smoothing, samples=turned)
     device = next(model.parameters()).device
     fisher = {name: torch.zeros(p.shape, dtype=torch.float32, device=p.device) for name, p in parameters.items()}
     kept = [(p, p.grad) for p in model.parameters()]
     used = 0
     try:
         with evaluation(model, parameters):
-            for batch, positions in limited(data, samples):
+            for batch, positions in limited(data, samples, turned.first):
                 for index, position in enumerate(positions):
                     pullback = objective(model, to_device(take(batch, [index]), device), [position])
                     for cotangent in pullback.cotangents:

@@ -16,17 +16,23 @@ from torch import Tensor, nn
 from sparseft.fisher import distribution
 from sparseft.fisher.batches import Batch, size
 from sparseft.fisher.heads import kind_of, logits_of
+from sparseft.fisher.sample_dim import SampleDim
 
 Mode = Literal["empirical", "expected", "sampled"]
-Reduction = Literal["mean", "sum"]
+Reduction = Literal["mean", "sum", "token"]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
 _DESCRIPTIONS = {
-    "classes": "cross-entropy of the class",
+    "classes": "cross-entropy of the class{3}",
     "multilabel": "binary cross-entropy, {0} over the labels",
     "regression": "{1}",
-    "tokens": "cross-entropy of the tokens, {2} over those of a sample",
-    "causal": "cross-entropy of the next token, {2} over those of a sample",
+    "tokens": "cross-entropy of the tokens{3}, {2}",
+    "causal": "cross-entropy of the next token{3}, {2}",
+}
+_TOKENS = {
+    "mean": "mean over those of a sample",
+    "sum": "sum over those of a sample",
+    "token": "each squared by itself and the squares summed over those of a sample",
 }
 
 
@@ -52,35 +58,50 @@ class Objective:
     Args:
         mode: "empirical", the loss of the given label; "expected", the exact expectation over the model's own
             distribution of the label; "sampled", one label drawn from it.
-        loss: a function of (model, batch) that returns the losses [N], in place of the one found from the model.
-        reduction: over the tokens of a sample: "mean" is what a transformers model's own loss is for a batch of one.
+        loss: a function of (model, batch) that returns the losses [N], or [N, T] with reduction "token", in place of
+            the one found from the model.
+        reduction: over the tokens of a sample: "mean" is what a transformers model's own loss is for a batch of one;
+            "token" keeps them apart, each with a gradient of its own.
         seed: of the draws; a sample's draw depends on its position and the seed, not on its batch.
+        label_smoothing: share of the target spread evenly over all classes, as in `torch.nn.functional.cross_entropy`.
+        samples: where the samples are in what the model takes; batches come here with samples first.
     """
 
-    def __init__(self, mode: Mode, loss: Loss | None, reduction: Reduction, seed: int) -> None:
-        if mode not in ("empirical", "expected", "sampled"):
-            raise ValueError(f'mode must be "empirical", "expected" or "sampled", got {mode!r}')
-        if reduction not in ("mean", "sum"):
-            raise ValueError(f'token_reduction must be "mean" or "sum", got {reduction!r}')
-        if loss is not None and mode != "empirical":
-            raise ValueError(
-                f"mode {mode!r} needs the model's distribution, which a loss of your own does not give; "
-                'use mode="empirical"'
-            )
+    def __init__(
+        self,
+        mode: Mode,
+        loss: Loss | None,
+        reduction: Reduction,
+        seed: int,
+        *,
+        label_smoothing: float = 0.0,
+        samples: SampleDim | None = None,
+    ) -> None:
+        _check(mode, loss, reduction, label_smoothing)
         self._mode, self._loss, self._reduction, self._seed = mode, loss, reduction, seed
-        self.description = "given by the caller" if loss is not None else ""
+        self._smoothing, self._samples = label_smoothing, samples or SampleDim(0)
+        self.description = "" if loss is None else _described(loss, reduction)
+        self.settings: dict[str, str | float] = {
+            "mode": mode,
+            "loss": "" if loss is None else _named(loss),
+            "token_reduction": reduction,
+            "label_smoothing": label_smoothing,
+            **({"seed": seed} if mode == "sampled" else {}),
+        }
 
     def __call__(self, model: nn.Module, batch: Batch, positions: list[int]) -> Pullback:
         """Run the model. positions: where the samples stand in the data."""
         if self._loss is not None:
-            return _ones(_checked(self._loss(model, batch), size(batch)))
+            by_token = self._reduction == "token"
+            losses = _checked(self._loss(model, self._samples.back(batch)), size(batch), by_token)
+            return _by_token(losses, torch.ones_like(losses, dtype=torch.bool)) if by_token else _all_at_once(losses)
         inputs, labels = _split(batch)
         if labels is None and self._mode == "empirical":
             raise ValueError(
                 'every batch must hold labels ("labels" in a mapping, or (inputs, targets)), got a batch without; '
                 'add them, or use mode="expected" or "sampled", which need none'
             )
-        logits = logits_of(model, inputs)
+        logits = self._logits(model, batch, labels)
         kind = kind_of(model, logits, labels)
         self.description = self._describe(kind)
         if self._mode == "expected":
@@ -89,27 +110,99 @@ class Objective:
             labels = distribution.draw(kind, logits.detach(), inputs, labels, positions, self._seed)
         if labels is None:
             raise ValueError("every batch must hold labels")
-        return _ones(_losses(kind, logits, labels, self._reduction, likelihood=self._mode == "sampled"))
+        return self._pullback(kind, logits, labels)
+
+    def _logits(self, model: nn.Module, batch: Batch, labels: Tensor | None) -> Tensor:
+        """Return the logits, samples first: a model puts them where the labels have them."""
+        logits = logits_of(model, _split(self._samples.back(batch))[0])
+        if labels is not None:
+            logits = logits.movedim(self._samples.of("labels" if isinstance(batch, Mapping) else "1", labels), 0)
+        if logits.shape[0] != size(batch):
+            raise ValueError(
+                f"logits must have the {size(batch)} samples first, got shape {list(logits.shape)}; name the sample "
+                "dimension of inputs and labels with `batch_dim`, or pass `loss`"
+            )
+        return logits
+
+    def _pullback(self, kind: str, logits: Tensor, labels: Tensor) -> Pullback:
+        if kind in ("tokens", "causal"):
+            losses, scored = _token_losses(kind, logits, labels, self._smoothing)
+            if self._reduction == "token":
+                return _by_token(losses, scored)
+            total = losses.sum(1)
+            # a sample without a label has loss 0, not 0 / 0
+            return _all_at_once(total if self._reduction == "sum" else total / scored.sum(1).clamp(min=1))
+        if kind == "classes":
+            targets = labels.reshape(len(logits)).long()
+            return _all_at_once(F.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing))
+        if self._smoothing:
+            raise ValueError(f"label_smoothing is for cross-entropy over classes, got a {kind} head; leave it out")
+        return _all_at_once(_output_losses(kind, logits, labels, likelihood=self._mode == "sampled"))
 
     def _describe(self, kind: str) -> str:
         empirical = self._mode == "empirical"
         squared = "squared error, mean over the outputs" if empirical else "half the squared error (unit variance)"
-        text = _DESCRIPTIONS[kind].format("mean" if empirical else "sum", squared, self._reduction)
-        return text + {"empirical": "", "expected": ", in expectation", "sampled": ", at drawn labels"}[self._mode]
+        text = _DESCRIPTIONS[kind].format(
+            "mean" if empirical else "sum",
+            squared,
+            _TOKENS[self._reduction],
+            f" (label smoothing {self._smoothing})" if self._smoothing else "",
+        )
+        drawn = f", at labels drawn with seed {self._seed}"
+        return text + {"empirical": "", "expected": ", in expectation", "sampled": drawn}[self._mode]
 
 
-def _ones(losses: Tensor) -> Pullback:
+def _check(mode: Mode, loss: Loss | None, reduction: Reduction, smoothing: float) -> None:
+    if mode not in ("empirical", "expected", "sampled"):
+        raise ValueError(f'mode must be "empirical", "expected" or "sampled", got {mode!r}')
+    if reduction not in _TOKENS:
+        raise ValueError(f'token_reduction must be "mean", "sum" or "token", got {reduction!r}')
+    if not 0 <= smoothing < 1:
+        raise ValueError(f"label_smoothing must be in [0, 1), got {smoothing}")
+    if loss is not None and mode != "empirical":
+        raise ValueError(
+            f"mode {mode!r} needs the model's distribution, which a loss of your own does not give; "
+            'use mode="empirical"'
+        )
+    if smoothing and (loss is not None or mode != "empirical"):
+        raise ValueError(
+            "label_smoothing changes the loss at given labels: it has no meaning with a loss of your own, nor in mode "
+            f'{mode!r}; smooth inside the loss, or use mode="empirical"'
+        )
+
+
+def _described(loss: Loss, reduction: Reduction) -> str:
+    return f"given by the caller ({_named(loss)})" + (f", tokens {_TOKENS['token']}" if reduction == "token" else "")
+
+
+def _named(loss: Loss) -> str:
+    return getattr(loss, "__qualname__", type(loss).__qualname__)
+
+
+def _all_at_once(losses: Tensor) -> Pullback:
     return Pullback(losses, [torch.ones_like(losses)])
 
 
-def _checked(losses: Any, samples: int) -> Tensor:
-    if not isinstance(losses, Tensor) or losses.shape != (samples,):
+def _by_token(losses: Tensor, scored: Tensor) -> Pullback:
+    """Return a cotangent for the first scored token of every sample, one for the second, and so on.
+
+    losses: [N, T], scored: bool [N, T]. Tokens of one sample share its layers' inputs, in both directions, so each
+    needs a backward pass of its own; those of different samples do not.
+    """
+    rank = scored.cumsum(1).masked_fill(~scored, 0)
+    return Pullback(losses, [rank.eq(k).to(losses.dtype) for k in range(1, int(rank.max()) + 1)])
+
+
+def _checked(losses: Any, samples: int, by_token: bool) -> Tensor:
+    fits = isinstance(losses, Tensor) and losses.dim() == 1 + by_token and losses.shape[0] == samples
+    if not fits:
         got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
+        wanted = f"one value a token, shape [{samples}, T]" if by_token else f"one value a sample, shape [{samples}]"
+        summed = "" if by_token else ", summed within each sample"
         raise ValueError(
-            f"loss must return one value a sample, shape [{samples}], got {got}; return the losses unreduced "
-            '(reduction="none"), summed within each sample'
+            f'loss must return {wanted}, got {got}; return the losses unreduced (reduction="none"){summed}'
         )
-    return losses
+    return losses  # type: ignore[no-any-return]
 
 
 def _split(batch: Batch) -> tuple[Any, Tensor | None]:
@@ -124,35 +217,30 @@ def _split(batch: Batch) -> tuple[Any, Tensor | None]:
     return batch, None
 
 
-def _losses(kind: str, logits: Tensor, labels: Tensor, reduction: Reduction, likelihood: bool) -> Tensor:
-    """Return the loss of each sample, fp32 [N]; likelihood: a sum of log-likelihoods, where heads take a mean."""
-    samples = logits.shape[0]
-    if kind == "classes":
-        return F.cross_entropy(logits, labels.reshape(samples).long(), reduction="none")
-    if kind in ("regression", "multilabel"):
-        if labels.numel() != logits.numel():
-            raise ValueError(
-                f"labels must have one value an output, shape {list(logits.shape)}, got {list(labels.shape)}; "
-                "check num_labels and problem_type"
-            )
-        targets = labels.reshape(logits.shape).float()
-        if kind == "multilabel":
-            losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(1)
-            return losses.sum(1) if likelihood else losses.mean(1)
-        squares = (logits - targets).square().flatten(1)
-        return squares.sum(1) / 2 if likelihood else squares.mean(1)
+def _output_losses(kind: str, logits: Tensor, labels: Tensor, likelihood: bool) -> Tensor:
+    """Return the loss of each sample over its outputs, fp32 [N]; likelihood: a sum of log-likelihoods, not a mean."""
+    if labels.numel() != logits.numel():
+        raise ValueError(
+            f"labels must have one value an output, shape {list(logits.shape)}, got {list(labels.shape)}; "
+            "check num_labels and problem_type"
+        )
+    targets = labels.reshape(logits.shape).float()
+    if kind == "multilabel":
+        losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(1)
+        return losses.sum(1) if likelihood else losses.mean(1)
+    squares = (logits - targets).square().flatten(1)
+    return squares.sum(1) / 2 if likelihood else squares.mean(1)
+
+
+def _token_losses(kind: str, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Return the loss of every token, fp32 [N, T], 0 where it has no label, and which have one, bool [N, T]."""
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"labels must have one class a token, shape {list(logits.shape[:-1])}, got {list(labels.shape)}; "
             "check the head and the labels, or pass `loss`"
         )
-    targets = _next(labels) if kind == "causal" else labels
-    losses = F.cross_entropy(logits.flatten(0, -2), targets.flatten().long(), reduction="none")
-    total = losses.view(samples, -1).sum(1)
-    # a sample without a label has loss 0, not 0 / 0
-    return total if reduction == "sum" else total / targets.ne(-100).flatten(1).sum(1).clamp(min=1)
-
-
-def _next(labels: Tensor) -> Tensor:
     # shifting the labels, not the logits, saves a copy of the larger of the two
-    return F.pad(labels[..., 1:], (0, 1), value=-100)
+    targets = F.pad(labels[..., 1:], (0, 1), value=-100) if kind == "causal" else labels
+    flat = targets.flatten().long()
+    losses = F.cross_entropy(logits.flatten(0, -2), flat, reduction="none", label_smoothing=smoothing)
+    return losses.view(len(logits), -1), targets.ne(-100).flatten(1)

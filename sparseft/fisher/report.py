@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import os
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from torch import Tensor
+
+from sparseft import files
+
+_KIND = "fisher"
 
 
 @dataclass
@@ -20,6 +26,9 @@ class FisherReport:
             "fallback" (autograd, one sample at a time), or "unused" (the loss does not depend on it).
         fallback: parameter name -> why no rule could serve it.
         aliases: name of a tied parameter -> its other names.
+        settings: the options that the scores depend on.
+        fingerprint: of the model's weights and buffers.
+        data: checksum of the samples seen; 0 unless the pass kept a checkpoint.
     """
 
     mode: str
@@ -29,11 +38,19 @@ class FisherReport:
     rules: dict[str, str] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
     aliases: dict[str, list[str]] = field(default_factory=dict)
+    settings: dict[str, str | float] = field(default_factory=dict)
+    fingerprint: str = ""
+    data: int = 0
 
     @property
     def samples(self) -> int:
         """The number of samples the mean is over."""
         return len(self.positions)
+
+    @property
+    def seen(self) -> int:
+        """The number of samples of the data that were run, dropped ones too."""
+        return len(self.positions) + len(self.dropped)
 
     def __str__(self) -> str:
         counts: dict[str, int] = {}
@@ -45,7 +62,7 @@ class FisherReport:
             "parameters: " + ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items())),
         ]
         if self.dropped:
-            lines.append(f"dropped as not finite: {len(self.dropped)} samples, at {_few(self.dropped)}")
+            lines.append(f"dropped as not finite: {len(self.dropped)} samples, at {few(self.dropped)}")
         lines += [f"one sample at a time: {name} ({reason})" for name, reason in self.fallback.items()]
         lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.aliases.items()]
         return "\n".join(lines)
@@ -61,7 +78,43 @@ class FisherScores(dict[str, Tensor]):
         super().__init__(scores)
         self.report = report
 
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write scores and report to a safetensors file, whole or not at all.
 
-def _few(positions: list[int]) -> str:
+        Raises:
+            OSError: the file could not be written; what was at `path` is untouched.
+        """
+        files.save(path, _KIND, dict(self), _packed(self.report))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FisherScores:
+        """Read what `save` wrote, onto the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: it is not a file of Fisher scores, or is damaged.
+        """
+        scores, header = files.load(path, _KIND)
+        return cls(scores, _unpacked(header))
+
+
+def few(positions: list[int]) -> str:
+    """Return the first of a list of positions, in words."""
     shown = ", ".join(str(position) for position in positions[:10])
     return shown + (", ..." if len(positions) > 10 else "")
+
+
+def _packed(report: FisherReport) -> dict[str, Any]:
+    # a million positions are a few runs
+    runs: list[list[int]] = []
+    for position in report.positions:
+        if runs and position == runs[-1][1]:
+            runs[-1][1] += 1
+        else:
+            runs.append([position, position + 1])
+    return {**asdict(report), "positions": runs}
+
+
+def _unpacked(header: dict[str, Any]) -> FisherReport:
+    positions = [position for start, stop in header["positions"] for position in range(start, stop)]
+    return FisherReport(**{**header, "positions": positions})

@@ -12,6 +12,7 @@ from sparseft.fisher.batches import Batch, limited
 from sparseft.fisher.engine import estimate_fisher
 from sparseft.fisher.loop import batch_one_fisher
 from sparseft.fisher.parameters import unwrapped
+from sparseft.fisher.sample_dim import SampleDim
 
 
 def verify(
@@ -33,7 +34,7 @@ def verify(
         data: that of `estimate_fisher`.
         samples: how many samples to compare.
         tolerance: the largest error allowed; by default 1e-4, and ten units of rounding in half precision.
-        options: the other arguments of `estimate_fisher`.
+        options: the arguments of `estimate_fisher` that say what is scored: mode, loss, names and the like.
 
     Returns:
         Parameter name -> error.
@@ -42,7 +43,8 @@ def verify(
         RuntimeError: an error is above the tolerance; the message names the parameters.
     """
     parameters = dict(unwrapped(model).named_parameters())
-    batches = [batch for batch, _ in limited(data, samples)]
+    turned = SampleDim(options.get("batch_dim"))
+    batches = [turned.back(batch) for batch, _ in limited(data, samples, turned.first)]
     fused = estimate_fisher(model, batches, samples=samples, progress=False, **options)
     plain = batch_one_fisher(model, batches, samples=samples, **options)
     eps = max(torch.finfo(parameters[name].dtype).eps for name in plain)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 from torch import Tensor, nn
@@ -20,7 +21,11 @@ def score(
     samples: int = 1024,
     mode: Literal["empirical", "expected", "sampled"] = "empirical",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
-    token_reduction: Literal["mean", "sum"] = "mean",
+    token_reduction: Literal["mean", "sum", "token"] = "mean",
+    label_smoothing: float = 0.0,
+    batch_dim: int | Mapping[str, int] | None = None,
+    max_dropped: float = 0.05,
+    checkpoint: str | os.PathLike[str] | None = None,
 ) -> tuple[FisherScores, dict[str, Any]]:
     """Return the diagonal of the Fisher information, fp32, in (loss / weight)^2; see `estimate_fisher`.
 
@@ -34,6 +39,10 @@ def score(
         mode=mode,
         loss=loss,
         token_reduction=token_reduction,
+        label_smoothing=label_smoothing,
+        batch_dim=batch_dim,
+        max_dropped=max_dropped,
+        checkpoint=checkpoint,
         names=names,
         seed=seed,
         progress=progress,

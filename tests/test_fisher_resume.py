@@ -1,0 +1,228 @@
+"""Going on: scores saved and loaded, joined with those of more data, and a pass that survives being interrupted."""
+
+import dataclasses
+
+import models
+import pytest
+import torch
+import torch.nn.functional as F
+from models import one_thread  # noqa: F401
+from torch import nn
+
+from sparseft.fisher import FisherScores, estimate_fisher
+from sparseft.fisher.resume import fingerprint
+
+SAMPLES = 40
+
+
+def linear():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+
+
+def data(seed=1, size=4):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(SAMPLES, 4, generator=generator)
+    labels = torch.randint(0, 3, (SAMPLES,), generator=generator)
+    return list(zip(x.split(size), labels.split(size), strict=True))
+
+
+def scores(model, batches, **options):
+    return estimate_fisher(model, batches, progress=False, **options)
+
+
+def assert_same(found, expected):
+    assert list(found) == list(expected)
+    for name, value in expected.items():
+        assert found[name].dtype == torch.float32
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-7 * float(value.max()))
+    assert found.report.positions == expected.report.positions
+    assert found.report.dropped == expected.report.dropped
+    assert found.report.rules == expected.report.rules
+    assert str(found.report) == str(expected.report)
+
+
+def interrupted(batches, after):
+    yield from batches[:after]
+    raise KeyboardInterrupt
+
+
+def counted(model):
+    """Note the batch sizes the model runs on."""
+    calls = []
+    model.register_forward_hook(lambda module, args, out: calls.append(len(out)))
+    return calls
+
+
+@pytest.mark.parametrize("name", ["bert", "llama tied"])
+def test_scores_survive_saving(name, tmp_path):
+    made = scores(models.make(name), [models.batch(name)])
+    made.report.dropped = [7, 9]
+    made.save(tmp_path / "scores")
+    loaded = FisherScores.load(tmp_path / "scores")
+    assert dict(loaded).keys() == dict(made).keys()
+    assert all(torch.equal(loaded[key], value) for key, value in made.items())
+    assert dataclasses.asdict(loaded.report) == dataclasses.asdict(made.report)
+    assert [file.name for file in tmp_path.iterdir()] == ["scores"]
+
+
+def test_positions_with_gaps_survive_saving(tmp_path):
+    made = scores(linear(), data())
+    for positions in ([], [3], [0, 1, 2, 5, 6, 9]):
+        made.report.positions = positions
+        made.save(tmp_path / "scores")
+        assert FisherScores.load(tmp_path / "scores").report.positions == positions
+
+
+def test_other_files_are_refused(tmp_path):
+    (tmp_path / "text").write_text("no scores")
+    with pytest.raises(ValueError, match="fisher"):
+        FisherScores.load(tmp_path / "text")
+    with pytest.raises(ValueError, match="fisher"):
+        scores(linear(), data(), checkpoint=tmp_path / "text")
+    assert (tmp_path / "text").read_text() == "no scores"
+
+
+@pytest.mark.parametrize("mode", ["empirical", "expected", "sampled"])
+@pytest.mark.parametrize("first", [1, 3])
+def test_more_data_count_as_one_pass(mode, first, tmp_path):
+    batches = data()
+    batches[2] = (batches[2][0].masked_fill(torch.arange(4)[:, None] == 1, float("nan")), batches[2][1])
+    whole = scores(linear(), batches, mode=mode)
+    assert whole.report.dropped == [9]
+    earlier = scores(linear(), batches[:first], mode=mode, max_dropped=0.5)
+    before = {name: value.clone() for name, value in earlier.items()}
+    joined = scores(linear(), batches[first:], mode=mode, resume=earlier)
+    assert_same(joined, whole)
+    assert all(torch.equal(before[name], value) for name, value in earlier.items())
+    earlier.save(tmp_path / "earlier")
+    assert_same(scores(linear(), batches[first:], mode=mode, resume=tmp_path / "earlier"), whole)
+    more = scores(linear(), batches[first:], mode=mode, resume=earlier, samples=3, max_dropped=0.5)
+    assert more.report.seen == 4 * first + 3
+
+
+def own_loss(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"mode": "expected"}, "mode was 'empirical', now 'expected'"),
+        ({"label_smoothing": 0.1}, r"label_smoothing was 0.0, now 0.1"),
+        ({"token_reduction": "sum"}, "token_reduction"),
+        ({"loss": own_loss}, "own_loss"),
+        ({"names": ["0.weight"]}, r"same parameters .*'0.bias', '2.bias', '2.weight'"),
+        ({"model": nn.Linear(4, 3)}, "same parameters"),
+        ({"model": "trained"}, "same weights"),
+    ],
+)
+@pytest.mark.parametrize("how", ["resume", "checkpoint"])
+def test_scores_of_something_else_are_refused(how, change, match, tmp_path):
+    path = tmp_path / "scores"
+    scores(linear(), data(), checkpoint=path)
+    options = dict(change)
+    model = options.pop("model", None) or linear()
+    if model == "trained":
+        model = linear()
+        with torch.no_grad():
+            model[2].weight[0, 0] += 1e-6
+    calls = counted(model)
+    with pytest.raises(ValueError, match=match):
+        scores(model, data(), **{how: path}, **options)
+    assert not calls
+
+
+def test_another_seed_is_refused_where_it_matters():
+    drawn = scores(linear(), data(), mode="sampled", seed=1)
+    with pytest.raises(ValueError, match="seed was 1, now 2"):
+        scores(linear(), data(), mode="sampled", seed=2, resume=drawn)
+    given = scores(linear(), data(), seed=1)
+    assert scores(linear(), data(), seed=2, resume=given).report.samples == 2 * SAMPLES
+
+
+def test_another_kind_of_labels_is_refused():
+    model = nn.Linear(4, 3)
+    with pytest.raises(ValueError, match="same loss"):
+        scores(model, [(torch.randn(5, 4), torch.randn(5, 3))], resume=scores(model, data()))
+
+
+@pytest.mark.parametrize("bad", [None, 2, 17])
+@pytest.mark.parametrize("after", [1, 4, 9])
+def test_an_interrupted_pass_goes_on_where_it_stopped(after, bad, tmp_path):
+    batches = data()
+    if bad is not None:
+        batches[bad // 4][0][bad % 4] = float("inf")
+    options = {"checkpoint": tmp_path / "scores", "checkpoint_seconds": 0, "max_dropped": 0.5}
+    whole = scores(linear(), batches, max_dropped=0.5)
+    with pytest.raises(KeyboardInterrupt):
+        scores(linear(), interrupted(batches, after), **options)
+    assert FisherScores.load(tmp_path / "scores").report.seen == 4 * after
+    model = linear()
+    calls = counted(model)
+    assert_same(scores(model, batches, **options), whole)
+    assert sum(calls) < 4 * (10 - after) + 40 * (bad is not None) + 4
+    # all is there: nothing is left to run
+    model = linear()
+    calls = counted(model)
+    assert_same(scores(model, batches, **options), whole)
+    assert not calls
+
+
+def test_a_checkpoint_may_be_continued_with_other_batches_and_more_samples(tmp_path):
+    options = {"checkpoint": tmp_path / "scores"}
+    scores(linear(), data(), samples=10, **options)
+    assert_same(scores(linear(), data(size=7), samples=25, **options), scores(linear(), data(), samples=25))
+    with pytest.raises(ValueError, match="holds 25 samples, but only 20"):
+        scores(linear(), data(), samples=20, **options)
+
+
+def test_a_checkpoint_of_other_data_is_refused(tmp_path):
+    path = tmp_path / "scores"
+    scores(linear(), data(), samples=12, checkpoint=path)
+    before = path.read_bytes()
+    shuffled = [data()[i] for i in (1, 0, 2, 3)]
+    for other in (data(seed=2), shuffled):
+        model = linear()
+        calls = counted(model)
+        with pytest.raises(ValueError, match="begin with the 12 samples"):
+            scores(model, other, checkpoint=path)
+        assert not calls
+    assert path.read_bytes() == before
+
+
+def test_a_checkpoint_is_kept_even_if_too_many_samples_were_dropped(tmp_path):
+    batches = data()
+    batches[0][0][:] = float("nan")
+    with pytest.raises(ValueError, match="got 4 of 40"):
+        scores(linear(), batches, checkpoint=tmp_path / "scores")
+    model = linear()
+    calls = counted(model)
+    assert scores(model, batches, checkpoint=tmp_path / "scores", max_dropped=0.1).report.samples == 36
+    assert not calls
+
+
+def test_checkpoints_are_written_as_often_as_asked(tmp_path, monkeypatch):
+    saved = []
+    monkeypatch.setattr(FisherScores, "save", lambda self, path: saved.append(self.report.seen))
+    scores(linear(), data(), checkpoint=tmp_path / "scores", checkpoint_seconds=0)
+    assert saved == [*range(4, 41, 4), 40]
+    saved.clear()
+    scores(linear(), data(), checkpoint=tmp_path / "scores")
+    assert saved == [40]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_fingerprint_sees_every_weight_and_buffer(dtype):
+    model = nn.Sequential(nn.Linear(3, 5), nn.BatchNorm1d(5)).to(dtype)
+    first = fingerprint(model)
+    assert fingerprint(model) == first
+    held = [*model.parameters(), *(b for b in model.buffers())]
+    for tensor in held:
+        with torch.no_grad():
+            kept = tensor.clone()
+            tensor.view(-1)[-1] += 1
+            assert fingerprint(model) != first
+            tensor.copy_(kept)
+    assert fingerprint(model) == first
+    assert fingerprint(model.double()) != first
