@@ -30,6 +30,12 @@ class Outer:
         """Return which samples get a nonzero gradient: bool [N]."""
         return _nonzero(self.left) & _nonzero(self.right)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the per-sample gradients at chosen entries, flat positions in [A, B]: fp32 [N, k]."""
+        left, right = _without_doubles(self.left, self.right)
+        found: Tensor = torch.ops.sparseft.outer_at(left, right, indices)
+        return found
+
 
 @dataclass
 class Lookup:
@@ -45,6 +51,33 @@ class Lookup:
         """Return which samples get a nonzero gradient: bool [N]."""
         return _nonzero(self.dy)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the per-sample gradients at chosen entries, flat positions in [V, H]: fp32 [N, k]."""
+        (samples, length), width = self.ids.shape, self.dy.shape[2]
+        found = torch.zeros(samples, len(indices), device=self.dy.device)
+        tokens, counts = torch.unique_consecutive(indices.long() // width, return_counts=True)
+        if not len(tokens) or not length:
+            return found
+        # of every lookup, which of the chosen tokens it is of, if any
+        ids = self.ids.flatten().long()
+        slot = torch.searchsorted(tokens, ids).clamp_(max=len(tokens) - 1)
+        hit = (tokens[slot] == ids).nonzero()[:, 0]
+        if not len(hit):
+            return found
+        # a token that a sample repeats: summed, so that each (sample, token) is there once
+        keys, order = (slot[hit] * samples + hit // length).sort(stable=True)
+        run, start = _runs(keys)
+        rows = _sum_runs(self.dy.flatten(0, 1)[hit[order]].float(), run)
+        last = int(run[-1]) + 1
+        slot, sample = keys[start[:last]] // samples, keys[start[:last]] % samples
+        # each row has as many chosen entries as its token: they follow each other in `indices`
+        row = torch.arange(last, device=ids.device).repeat_interleave(counts[slot])
+        first = counts.cumsum(0) - counts
+        entry = torch.arange(len(row), device=ids.device) - (counts[slot].cumsum(0) - counts[slot])[row]
+        entry += first[slot[row]]
+        found[sample[row], entry] = rows[row, indices.long()[entry] % width]
+        return found
+
 
 @dataclass
 class Vector:
@@ -56,6 +89,10 @@ class Vector:
         """Return which samples get a nonzero gradient: bool [N]."""
         return _nonzero(self.grad)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the per-sample gradients at chosen entries: fp32 [N, k]."""
+        return self.grad[:, indices.long()].float()
+
 
 Contribution = Outer | Patches | Lookup | Vector
 
@@ -63,8 +100,7 @@ Contribution = Outer | Patches | Lookup | Vector
 def add_outers_(fisher: Tensor, outers: list[Outer]) -> None:
     """Add the squared per-sample gradients of linear uses to fisher [A, B]: uses follow each other along T."""
     left, right = _joined([outer.left for outer in outers]), _joined([outer.right for outer in outers])
-    if left.dtype == torch.float64:
-        left, right = left.float(), right.float()
+    left, right = _without_doubles(left, right)
     torch.ops.sparseft.fisher_linear_(fisher, right, left)
 
 
@@ -101,6 +137,10 @@ def add_lookups_(fisher: Tensor, lookups: list[Lookup], rows: Tensor | None = No
 def add_vectors_(fisher: Tensor, grad: Tensor) -> None:
     """Add squared per-sample gradients [N, numel] to fisher."""
     fisher += grad.square().sum(0).view(fisher.shape)
+
+
+def _without_doubles(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    return (left.float(), right.float()) if left.dtype == torch.float64 else (left, right)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

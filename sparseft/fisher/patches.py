@@ -54,6 +54,10 @@ class Patches:
         """Return which samples get a nonzero gradient: bool [N]."""
         return self._any(self.left) & self._any(self.image)
 
+    def at(self, indices: Tensor) -> Tensor:
+        """Return the per-sample gradients at chosen entries, flat positions in [A, B, *kernel]: fp32 [N, k]."""
+        return torch.stack([self.gradient(sample).flatten()[indices.long()] for sample in range(self.samples)])
+
     def gradient(self, sample: int) -> Tensor:
         """Return the gradient of one sample: fp32 [A, B, *kernel]."""
         rows = len(self.left) // self.samples
