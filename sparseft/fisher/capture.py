@@ -17,12 +17,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import conv, elementwise, embedding, gather, linear, norm
+from sparseft.fisher import conv, elementwise, embedding, experts, gather, linear, norm
 from sparseft.fisher.contribution import Contribution
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **linear.RULES,
     **conv.RULES,
+    **experts.RULES,
     **embedding.RULES,
     **norm.RULES,
     **elementwise.RULES,

@@ -1,8 +1,8 @@
 """What one use of a parameter contributes to its per-sample gradient, and how contributions become Fisher.
 
-A few forms cover every rule; that of convolutions is in `patches`. They are kept unmultiplied, because the
-contributions of all uses of a parameter must be added per sample before they are squared, and because the per-sample
-gradient itself is never stored.
+A few forms cover every rule; that of convolutions is in `patches`, that of experts in `grouped`. They are kept
+unmultiplied, because the contributions of all uses of a parameter must be added per sample before they are squared,
+and because the per-sample gradient itself is never stored.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.fisher.grouped import Grouped
 from sparseft.fisher.patches import Patches
 
 
@@ -94,7 +95,7 @@ class Vector:
         return self.grad[:, indices.long()].float()
 
 
-Contribution = Outer | Patches | Lookup | Vector
+Contribution = Outer | Patches | Grouped | Lookup | Vector
 
 
 def add_outers_(fisher: Tensor, outers: list[Outer]) -> None:

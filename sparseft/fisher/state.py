@@ -8,6 +8,8 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor, nn
 
+from sparseft.fisher.experts import visible_experts
+
 
 @contextmanager
 def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]:
@@ -32,6 +34,7 @@ def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]
         with ExitStack() as stack:
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
+            stack.enter_context(visible_experts(model))
             if any(_compiled(module) for module, _ in training):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield

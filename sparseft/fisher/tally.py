@@ -10,9 +10,15 @@ from torch import Tensor
 from sparseft.fisher import contribution
 from sparseft.fisher.capture import Use
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
+from sparseft.fisher.grouped import Grouped, add_grouped_
 from sparseft.fisher.patches import Patches, add_patches_
 
-_FORM: dict[str, type[Contribution]] = {"linear": Outer, "conv": Patches, "embedding": Lookup}
+_FORM: dict[str, type[Contribution]] = {
+    "linear": Outer,
+    "conv": Patches,
+    "experts": Grouped,
+    "embedding": Lookup,
+}
 
 
 def form(use: Use) -> type[Contribution]:
@@ -93,6 +99,7 @@ class _Waiting:
         self._outers: list[Outer] = []
         self._outers_to_come = sum(form(use) is Outer for use in uses)
         self._patches: list[Patches] = []
+        self._grouped: list[Grouped] = []
         self._lookups: dict[Use, Lookup] = {}
         self._rows: Tensor | None = None
         self._vector: Tensor | None = None
@@ -106,6 +113,8 @@ class _Waiting:
                 self._close_outers()
         elif isinstance(part, Patches):
             self._patches.append(part)
+        elif isinstance(part, Grouped):
+            self._grouped.append(part)
         elif isinstance(part, Lookup):
             self._lookups[use] = part
         else:
@@ -120,6 +129,8 @@ class _Waiting:
             self._close_outers()
         if self._patches:
             add_patches_(self._fisher, self._patches)
+        if self._grouped:
+            add_grouped_(self._fisher, self._grouped)
         if self._lookups:
             contribution.add_lookups_(self._fisher, self._all_lookups(), self._rows)
         if self._vector is not None:
