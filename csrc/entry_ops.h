@@ -1,5 +1,6 @@
 // The ops that move selected entries, as the dispatcher calls them, for any device. `Device`, constructed from the
-// first tensor, has `gather(exchanges)` and `swap(exchanges)`. What the ops compute: sparseft/reference.py.
+// first tensor, has `check_indices(op, tensors, exchanges)`, `gather(exchanges)` and `swap(exchanges)`. What the ops
+// compute: sparseft/reference.py.
 #pragma once
 
 #include <vector>
@@ -29,7 +30,10 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
         results.push_back(torch::stable::new_empty(tensors[i], {at.k}));
         if (at.k > 0) exchanges.push_back({at, results.back().data_ptr()});
     }
-    if (!exchanges.empty()) Device(tensors[0]).gather(exchanges);
+    if (exchanges.empty()) return results;
+    const Device device(tensors[0]);
+    device.check_indices("gather", "tensors", exchanges);
+    device.gather(exchanges);
     return results;
 }
 
@@ -51,7 +55,10 @@ void delta_swap_(const std::vector<Tensor>& params, const std::vector<Tensor>& i
         check_device(value, values[i], params[0]);
         if (at.k > 0) exchanges.push_back({at, values[i].data_ptr()});
     }
-    if (!exchanges.empty()) Device(params[0]).swap(exchanges);
+    if (exchanges.empty()) return;
+    const Device device(params[0]);
+    device.check_indices("delta_swap_", "params", exchanges);
+    device.swap(exchanges);
 }
 
 }  // namespace sparseft

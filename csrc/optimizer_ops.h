@@ -1,5 +1,6 @@
 // The optimizer ops as the dispatcher calls them, for any device. `Device` says where the work is done: constructed
-// from the first parameter, it has `step(rule, parameters, options)`. What the ops compute: sparseft/reference.py.
+// from the first parameter, it has `check_indices(op, tensors, parameters)` and `step(rule, work, options)`, which
+// counts the step too. What the ops compute: sparseft/reference.py.
 #pragma once
 
 #include <optional>
@@ -17,10 +18,11 @@ template <class Device, class Rule>
 void optimizer_op(const Rule& rule, const StepArguments& arguments, bool stateless, double lr, bool maximize,
                   const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
     if (arguments.params.empty()) return;
-    TensorList kept_alive;
-    const auto parameters = parameter_steps(arguments, stateless, kept_alive);
-    const auto options = step_options(arguments, lr, maximize, lr_tensor, grad_scale, found_inf);
-    Device(arguments.params[0]).step(rule, parameters, options);
+    const StepWork work = step_work(arguments, stateless);
+    const StepOptions options = step_options(arguments, lr, maximize, lr_tensor, grad_scale, found_inf);
+    const Device device(arguments.params[0]);
+    device.check_indices(arguments.op, "params", work.parameters);
+    device.step(rule, work, options);
 }
 
 template <class Device>

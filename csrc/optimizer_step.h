@@ -21,10 +21,17 @@ struct ParameterStep {
     const void* grad;
     float* master;
     float* states[kMaxStates];
-    const float* step;
+    const float* count;  // of steps, this one included when it is read
     ScalarType dtype;
     ScalarType grad_dtype;
     bool compact_grad;  // [k] instead of the parameter's shape
+};
+
+// What a step works on, checked.
+struct StepWork {
+    std::vector<ParameterStep> parameters;  // those with selected entries
+    std::vector<float*> counts;             // of steps before this one, of every parameter
+    std::vector<Tensor> copies;             // of gradients that were not contiguous, alive until the step is done
 };
 
 // What is the same for all parameters of a step. The pointers, each to one fp32 value on the parameters' device, may
@@ -49,11 +56,11 @@ struct StepArguments {
 };
 
 // The address of one fp32 value.
-inline const float* scalar(const Argument& argument, const Tensor& tensor, const Tensor& like) {
+inline float* scalar(const Argument& argument, const Tensor& tensor, const Tensor& like) {
     check_dtype(argument, tensor, {ScalarType::Float});
     check_numel(argument, tensor, 1, "a 0-d tensor");
     check_device(argument, tensor, like);
-    return static_cast<const float*>(tensor.data_ptr());
+    return static_cast<float*>(tensor.data_ptr());
 }
 
 // fp32 values beside the selected entries, or null for an empty tensor where that is allowed.
@@ -67,10 +74,18 @@ inline float* per_entry(const Argument& argument, const Tensor& tensor, int64_t 
     return static_cast<float*>(tensor.data_ptr());
 }
 
-// Check one parameter of a step. `grad` is made contiguous if it is not, and must outlive the result.
-inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& grad, bool stateless) {
+// The gradient's data, contiguous; `copies` keeps what had to be made so.
+inline const void* contiguous_data(const Tensor& grad, std::vector<Tensor>& copies) {
+    if (grad.is_contiguous()) return grad.data_ptr();
+    copies.push_back(torch::stable::contiguous(grad));
+    return copies.back().data_ptr();
+}
+
+// Check parameter i of a step and add it to `work`.
+inline void add_parameter(const StepArguments& a, size_t i, bool stateless, StepWork& work) {
     const auto at = [&](const char* name) { return Argument{a.op, name, static_cast<int64_t>(i)}; };
     const Tensor& param = a.params[i];
+    const Tensor& grad = a.grads[i];
     check_dtype(at("params"), param, kFloatTypes);
     check_contiguous(at("params"), param);
     check_device(at("params"), param, a.params[0]);
@@ -81,10 +96,9 @@ inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& gr
     step.at = select(at("params"), param, a.indices[i]);
     const int64_t k = step.at.k;
     step.compact_grad = grad.numel() == k;
-    check(step.compact_grad || grad.numel() == param.numel(), at("grads"), " must have the ", param.numel(),
+    check(step.compact_grad || grad.numel() == step.at.numel, at("grads"), " must have the ", step.at.numel,
           " elements of its parameter or the ", k, " of its indices, got ", grad.numel());
-    if (!grad.is_contiguous()) grad = torch::stable::contiguous(grad);
-    step.grad = grad.data_ptr();
+    step.grad = contiguous_data(grad, work.copies);
     step.dtype = param.scalar_type();
     step.grad_dtype = grad.scalar_type();
     for (size_t s = 0; s < a.states.size(); ++s) {
@@ -92,13 +106,14 @@ inline ParameterStep parameter_step(const StepArguments& a, size_t i, Tensor& gr
         step.states[s] = per_entry(at(name), (*list)[i], k, stateless, param);
     }
     step.master = per_entry(at("masters"), a.masters[i], k, true, param);
-    step.step = scalar(at("steps"), a.steps[i], param);
-    return step;
+    float* const count = scalar(at("steps"), a.steps[i], param);
+    step.count = count;
+    work.counts.push_back(count);
+    if (k > 0) work.parameters.push_back(step);
 }
 
-// Check all parameters of a step, before anything is written. Those without selected entries are left out.
-// `stateless`: the options need no state, which may then be empty. `grads` receives what must outlive the step.
-inline std::vector<ParameterStep> parameter_steps(const StepArguments& a, bool stateless, std::vector<Tensor>& grads) {
+// Check all lists of a step, except where the indices point. `stateless`: the options need no state, it may be empty.
+inline StepWork step_work(const StepArguments& a, bool stateless) {
     const size_t n = a.params.size();
     check_length({a.op, "grads"}, a.grads, n);
     check_length({a.op, "indices"}, a.indices, n);
@@ -106,14 +121,11 @@ inline std::vector<ParameterStep> parameter_steps(const StepArguments& a, bool s
     check_length({a.op, "masters"}, a.masters, n);
     check_length({a.op, "steps"}, a.steps, n);
 
-    grads = a.grads;
-    std::vector<ParameterStep> steps;
-    steps.reserve(n);
-    for (size_t i = 0; i < n; ++i) {
-        const ParameterStep step = parameter_step(a, i, grads[i], stateless);
-        if (step.at.k > 0) steps.push_back(step);
-    }
-    return steps;
+    StepWork work;
+    work.parameters.reserve(n);
+    work.counts.reserve(n);
+    for (size_t i = 0; i < n; ++i) add_parameter(a, i, stateless, work);
+    return work;
 }
 
 inline StepOptions step_options(const StepArguments& a, double lr, bool maximize,

@@ -94,8 +94,9 @@ def adamw_(
 
     params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], fp32, bf16 or fp16;
     exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
-    already counted up for this step. lr_tensor, if given, is a 0-d tensor used in place of lr. grad_scale and
-    found_inf are GradScaler's: gradients are divided by the first, and nothing changes when the second is 1.
+    one a parameter: steps before this one, which is counted first. lr_tensor, if given, is a 0-d tensor used in place
+    of lr. grad_scale and found_inf are GradScaler's: gradients are divided by the first, and nothing changes, nor
+    counts, when the second is not 0.
     Source: decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations.
     """
     launch_step(

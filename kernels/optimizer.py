@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -79,7 +80,7 @@ def launch_step(
     found_inf: Tensor | None,
     **constants: bool,
 ) -> None:
-    """Check the lists, then update all tensors of one kind of dtypes in one launch; the GPU is not waited for.
+    """Check the lists, count the step, update all tensors of one kind of dtypes in one launch; nothing waits.
 
     states: fp32 [k] tensors by name, in the order of the kernel's columns; arguments: the kernel's own numbers, after
     (table, lr, lr_tensor, grad_scale, found_inf); constants: the kernel's own.
@@ -96,6 +97,7 @@ def launch_step(
     grads = [grad.contiguous() for grad in grads]  # a copy has to live until the launch
     groups = _group(params, grads, indices, states, masters, steps)
     scalars = (float(lr), lr_tensor, grad_scale, found_inf, *map(float, arguments))
+    torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).float())
     launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
 
 
@@ -112,6 +114,7 @@ def _group(
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for i, (param, grad, index, master, step) in enumerate(zip(params, grads, indices, masters, steps, strict=True)):
         k = index.numel()
+        check_tensor("steps", i, step, 1, FLOAT32, device)
         if not k:
             continue
         compact = grad.numel() == k
@@ -120,7 +123,6 @@ def _group(
         check_tensor("indices", i, index, k, INDICES, device)
         if master.numel():
             check_tensor("masters", i, master, k, FLOAT32, device)
-        check_tensor("steps", i, step, 1, FLOAT32, device)
         for name, tensors in states.items():
             check_tensor(name, i, tensors[i], k, FLOAT32, device)
         kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)

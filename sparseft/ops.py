@@ -27,10 +27,10 @@ SCHEMAS = {
     "gather": "(Tensor[] tensors, Tensor[] indices) -> Tensor[]",
     "delta_swap_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] values) -> ()",
     "adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor[] steps, *, float lr, float beta1, float beta2, "
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor(e!)[] steps, *, float lr, float beta1, float beta2, "
     "float eps, float weight_decay, " + _OPTIMIZER_TAIL,
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] momentum_buffers, "
-    "Tensor(c!)[] masters, Tensor[] steps, *, float lr, float momentum, float dampening, float weight_decay, "
+    "Tensor(c!)[] masters, Tensor(d!)[] steps, *, float lr, float momentum, float dampening, float weight_decay, "
     "bool nesterov=False, " + _OPTIMIZER_TAIL,
 }
 

@@ -125,20 +125,23 @@ def adamw_(
 
     params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype;
     exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
-    already counted up for this step. lr_tensor, if given, is a 0-d tensor used in place of lr. grad_scale and
-    found_inf are GradScaler's: gradients are divided by the first, and nothing changes when the second is 1.
+    one a parameter: steps before this one, which is counted first. lr_tensor, if given, is a 0-d tensor used in place
+    of lr. grad_scale and found_inf are GradScaler's: gradients are divided by the first, and nothing changes, nor
+    counts, when the second is not 0.
     Source: decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations.
     """
     if found_inf is not None and found_inf.item():
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
+    for step in steps:
+        step += 1
     for i, (param, index) in enumerate(zip(params, indices, strict=True)):
         grad = _selected_grad(grads[i], index, maximize, grad_scale)
         weight = _selected_weight(param, index, masters[i])
         exp_avgs[i].lerp_(grad, 1 - beta1)
         exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        step = float(steps[i])
-        correction1, correction2 = 1 - beta1**step, 1 - beta2**step
+        count = float(steps[i])
+        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
         denominator = (exp_avg_sqs[i].sqrt() / correction2**0.5).add_(eps)
         weight.mul_(1 - lr * weight_decay).addcdiv_(exp_avgs[i], denominator, value=-lr / correction1)
         _write(param, index, masters[i], weight)
@@ -170,6 +173,8 @@ def sgd_(
     if found_inf is not None and found_inf.item():
         return
     lr = lr if lr_tensor is None else float(lr_tensor)
+    for step in steps:
+        step += 1
     for i, (param, index) in enumerate(zip(params, indices, strict=True)):
         grad = _selected_grad(grads[i], index, maximize, grad_scale)
         weight = _selected_weight(param, index, masters[i])

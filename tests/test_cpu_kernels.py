@@ -36,7 +36,7 @@ def adamw_sample(generator, dtype, grad_dtype):
     if dtype != torch.float32:
         masters = [p[i.long()].float() for p, i in zip(params, indices, strict=True)]
         masters[0][::5] += 10  # as if the weight had been changed from outside
-    steps = [torch.tensor(float(step)) for step in (1, 5, 100)]
+    steps = [torch.tensor(float(step)) for step in (0, 4, 99)]
     return testing.Sample("large", (params, grads, indices, exp_avgs, exp_avg_sqs, masters, steps), ADAMW)
 
 
@@ -134,6 +134,26 @@ def test_bad_indices_change_nothing(index, message):
     with pytest.raises(ValueError, match=message):
         sparse.delta_swap_(params, [torch.tensor([0, 1]), torch.tensor(index)], values)
     assert not any(param.any() for param in params)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("place", [1, 1023, 1024, 1025, 19_999, 29_999])
+@pytest.mark.parametrize("op", ["adamw_", "delta_swap_", "gather"])
+def test_one_bad_index_anywhere_in_a_long_list_is_found_before_the_first_write(op, place, dtype):
+    params, indices = [torch.zeros(40_000), torch.zeros(40_000)], [torch.arange(30_000, dtype=dtype) for _ in range(2)]
+    indices[1][place] = indices[1][place - 1]
+    values, steps = [torch.ones(30_000), torch.ones(30_000)], [torch.tensor(4.0), torch.tensor(4.0)]
+    arguments = {
+        "adamw_": (params, values, indices, values, values, [torch.empty(0)] * 2, steps),
+        "delta_swap_": (params, indices, values),
+        "gather": (params, indices),
+    }
+    message = rf"{op}: indices\[1\] must be sorted .*, got {place - 1} after {place - 1} at {place};"
+    with pytest.raises(ValueError, match=message):
+        getattr(sparse, op)(*arguments[op], **(ADAMW if op == "adamw_" else {}))
+    assert not any(param.any() for param in params)
+    assert all((value == 1).all() for value in values)
+    assert steps == [4, 4]
 
 
 @pytest.mark.parametrize(

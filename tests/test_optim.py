@@ -258,6 +258,19 @@ def test_gradscaler(name, unscale_first):
 
 
 @every_optimizer
+def test_every_parameter_with_a_gradient_counts_its_steps(name):
+    """Also one of which nothing is selected; one that joins late starts at its own first step."""
+    parameters = [torch.nn.Parameter(torch.randn(5)) for _ in range(3)]
+    indices = [torch.tensor([1, 3]), torch.tensor([], dtype=torch.int64), torch.tensor([0])]
+    optimizer = OPTIMIZERS[name]([{"params": parameters, "indices": indices}], **OPTIONS[name])
+    for step in range(4):
+        for parameter in parameters[: 3 if step else 2]:
+            parameter.grad = torch.ones(5)
+        optimizer.step()
+    assert [float(optimizer.state[parameter]["step"]) for parameter in parameters] == [4, 4, 3]
+
+
+@every_optimizer
 def test_a_backward_pass_through_changed_weights_is_refused(name):
     model, groups = model_and_groups()
     optimizer = OPTIMIZERS[name](groups, **OPTIONS[name])

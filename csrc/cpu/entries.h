@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "../entry_ops.h"
+#include "check_indices.h"
 #include "work_list.h"
 
 namespace sparseft {
@@ -26,11 +27,7 @@ void for_each_position(const Selection& at, int64_t begin, int64_t end, const Bo
             body(i - begin, int64_t{indices[i]}, int64_t{indices[std::min(i + kPrefetchDistance, at.k - 1)]});
         }
     };
-    if (at.wide_indices) {
-        run(static_cast<const int64_t*>(at.indices));
-    } else {
-        run(static_cast<const int32_t*>(at.indices));
-    }
+    with_indices(at, run);
 }
 
 // Call `body(size)` with the size of an element, in bytes, as a compile-time constant.
@@ -113,6 +110,10 @@ inline void gather_two(const Selection& at, int64_t begin, int64_t end, void* va
 // Where entry_ops.h has entries moved.
 struct CpuEntries {
     explicit CpuEntries(const Tensor&) {}
+
+    void check_indices(const char* op, const char* tensors, const std::vector<Exchange>& exchanges) const {
+        sparseft::check_indices(op, tensors, exchanges);
+    }
 
     void gather(const std::vector<Exchange>& exchanges) const {
         for_each_block(exchanges, [](const Exchange& e, int64_t begin, int64_t end) {

@@ -4,9 +4,11 @@
 
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <vector>
 
 #include "../optimizer_step.h"
+#include "check_indices.h"
 #include "convert.h"
 #include "entries.h"
 #include "simd.h"
@@ -95,9 +97,15 @@ void step_block(const ParameterStep& p, const typename Rule::Coefficients& coeff
 struct CpuOptimizer {
     explicit CpuOptimizer(const Tensor&) {}
 
+    void check_indices(const char* op, const char* tensors, const std::vector<ParameterStep>& parameters) const {
+        sparseft::check_indices(op, tensors, parameters);
+    }
+
     template <class Rule>
-    void step(const Rule& rule, const std::vector<ParameterStep>& parameters, const StepOptions& options) const {
+    void step(const Rule& rule, const StepWork& step_work, const StepOptions& options) const {
         if (options.found_inf && *options.found_inf != 0) return;
+        for (float* const count : step_work.counts) *count += 1;
+        const std::vector<ParameterStep>& parameters = step_work.parameters;
         const double lr = options.lr_tensor ? *options.lr_tensor : options.lr;
         const float scale = options.grad_scale ? *options.grad_scale : 1;
         const float divisor = options.maximize ? -scale : scale;
@@ -106,13 +114,13 @@ struct CpuOptimizer {
         work.parallel(kGrainEntries, [&](const auto& for_each_piece) {
             Block block;
             std::memset(block.states, 0, sizeof block.states);
-            int64_t current = -1;
+            float count = std::numeric_limits<float>::quiet_NaN();  // differs from every count
             typename Rule::Coefficients coefficients{};
             for_each_piece([&](const Piece& piece) {
                 const ParameterStep& p = parameters[piece.tensor];
-                if (piece.tensor != current) {
-                    coefficients = rule.coefficients(lr, *p.step);
-                    current = piece.tensor;
+                if (*p.count != count) {
+                    count = *p.count;
+                    coefficients = rule.coefficients(lr, count);
                 }
                 step_block<Rule>(p, coefficients, divisor, piece.begin, piece.end - piece.begin, block);
             });

@@ -73,6 +73,13 @@ class Launcher {
         stream_ = static_cast<cudaStream_t>(stream);
     }
 
+    // Call `kernel(arguments...)` in one block.
+    template <class... Parameters, class... Arguments>
+    void launch_block(void (*kernel)(Parameters...), const Arguments&... arguments) const {
+        kernel<<<1, kThreads, 0, stream_>>>(arguments...);
+        STD_CUDA_KERNEL_LAUNCH_CHECK();
+    }
+
     // Call `kernel(table, arguments...)` for all items, in as few launches as hold them.
     template <class Item, class... Parameters, class... Arguments>
     void launch(const std::vector<Item>& items, void (*kernel)(Table<Item>, Parameters...),

@@ -1,7 +1,8 @@
-// The kernel of every optimizer on CUDA. Step count, learning rate and loss scale are read on the device, so a step
+// The kernels of every optimizer on CUDA. Step count, learning rate and loss scale are read on the device, so a step
 // neither synchronises nor changes when it is replayed from a CUDA graph.
 #pragma once
 
+#include <algorithm>
 #include <vector>
 
 #include <torch/headeronly/util/BFloat16.h>
@@ -65,6 +66,21 @@ __device__ __forceinline__ void update_entry(const ParameterStep& p, const typen
     if (p.master) p.master[i] = weight;
 }
 
+// Addresses of step counts, a few kilobytes of arguments of one launch.
+struct Counts {
+    static constexpr int kCapacity = 500;
+
+    float* counts[kCapacity];
+    int size;
+};
+
+// Before optimizer_kernel, whose blocks only read the counts: none can see one that another has already changed.
+static __global__ void __launch_bounds__(kThreads)
+    count_kernel(const __grid_constant__ Counts table, const float* const found_inf) {
+    if (found_inf && *found_inf != 0) return;
+    for (int i = threadIdx.x; i < table.size; i += kThreads) *table.counts[i] += 1;
+}
+
 template <class Rule>
 __global__ void __launch_bounds__(kThreads)
     optimizer_kernel(const __grid_constant__ Table<ParameterStep> table, const Rule rule, const StepOptions options) {
@@ -73,7 +89,7 @@ __global__ void __launch_bounds__(kThreads)
     const ParameterStep& p = table.items[chunk.item];
     __shared__ typename Rule::Coefficients coefficients;
     if (threadIdx.x == 0) {
-        coefficients = rule.coefficients(options.lr_tensor ? *options.lr_tensor : options.lr, *p.step);
+        coefficients = rule.coefficients(options.lr_tensor ? *options.lr_tensor : options.lr, *p.count);
     }
     __syncthreads();
     const float scale = options.grad_scale ? *options.grad_scale : 1;
@@ -88,12 +104,26 @@ class CudaOptimizer {
   public:
     explicit CudaOptimizer(const Tensor& param) : launcher_(param) {}
 
+    // It would have to wait for the GPU: kernels trap at an index outside its tensor instead.
+    void check_indices(const char*, const char*, const std::vector<ParameterStep>&) const {}
+
     template <class Rule>
-    void step(const Rule& rule, const std::vector<ParameterStep>& parameters, const StepOptions& options) const {
-        launcher_.launch(parameters, optimizer_kernel<Rule>, rule, options);
+    void step(const Rule& rule, const StepWork& work, const StepOptions& options) const {
+        count_step(work.counts, options.found_inf);
+        launcher_.launch(work.parameters, optimizer_kernel<Rule>, rule, options);
     }
 
   private:
+    void count_step(const std::vector<float*>& counts, const float* found_inf) const {
+        for (size_t done = 0; done < counts.size();) {
+            Counts some;
+            some.size = static_cast<int>(std::min<size_t>(counts.size() - done, Counts::kCapacity));
+            std::copy_n(counts.begin() + done, some.size, some.counts);
+            done += some.size;
+            launcher_.launch_block(count_kernel, some, found_inf);
+        }
+    }
+
     Launcher launcher_;
 };
 

@@ -59,7 +59,7 @@ class SparseAdamW(SparseOptimizer):
             step.state("exp_avg"),
             step.state("exp_avg_sq"),
             step.masters,
-            step.counts,
+            step.state("step"),
             beta1=beta1,
             beta2=beta2,
             eps=group["eps"],

@@ -26,7 +26,6 @@ class Step:
     grads: list[Tensor]
     indices: list[Tensor]
     masters: list[Tensor]
-    counts: list[Tensor]
     states: list[dict[str, Any]]
     options: dict[str, Any]
 
@@ -81,11 +80,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            chosen = [i for i, param in enumerate(group["params"]) if param.grad is not None]
-            if chosen:
-                params = [group["params"][i] for i in chosen]
-                self._group_step(group, params, [group["indices"][i] for i in chosen])
-                torch.autograd.graph.increment_version(params)
+            self._group_step(group)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -120,15 +115,12 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
         return f"{type(self).__name__}({entries:,} entries, {options})"
 
-    def _group_step(self, group: dict[str, Any], params: list[Tensor], indices: list[Tensor]) -> None:
-        """Count the step and call the optimizer's op with what every optimizer shares."""
-        grads = [param.grad for param in params if param.grad is not None]
-        states = [self._param_state(group, param, index) for param, index in zip(params, indices, strict=True)]
-        steps = [state["step"] for state in states]
-        found_inf = getattr(self, "found_inf", None)
-        torch._foreach_add_(steps, 1)
-        if found_inf is not None:
-            torch._foreach_sub_(steps, [found_inf.to(step.device) for step in steps])
+    def _group_step(self, group: dict[str, Any]) -> None:
+        """Call the optimizer's op with what every optimizer shares."""
+        params, grads, indices = _with_gradients(group)
+        if not params:
+            return
+        states = self._states(group, params, indices)
         lr = group["lr"]
         # a tensor on the device stays there, so that a captured graph follows the schedule
         on_device = torch.is_tensor(lr) and lr.device.type != "cpu"
@@ -138,24 +130,26 @@ class SparseOptimizer(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
             "grad_scale": getattr(self, "grad_scale", None),
-            "found_inf": found_inf,
+            "found_inf": getattr(self, "found_inf", None),
         }
-        masters = [
-            state["master"] if "master" in state else _no_master(param.device)
-            for state, param in zip(states, params, strict=True)
-        ]
-        self._update(group, Step(params, grads, indices, masters, steps, states, shared))
+        no_master = _no_master(params[0].device)
+        masters = [state.get("master", no_master) for state in states]
+        self._update(group, Step(params, grads, indices, masters, states, shared))
+        torch.autograd.graph.increment_version(params)
 
-    def _param_state(self, group: dict[str, Any], param: Tensor, index: Tensor) -> dict[str, Any]:
-        state: dict[str, Any] = self.state[param]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            if param.dtype != torch.float32:
-                state["master"] = param.detach().view(-1)[index.long()].float()
-        for name in self._state_names(group):
-            if name not in state:
-                state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
-        return state
+    def _states(self, group: dict[str, Any], params: list[Tensor], indices: list[Tensor]) -> list[dict[str, Any]]:
+        """Return the state of every parameter, made where it is missing."""
+        names = self._state_names(group)
+        states = [self.state[param] for param in params]
+        for state, param, index in zip(states, params, indices, strict=True):
+            if not state:
+                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
+                if param.dtype != torch.float32:
+                    state["master"] = param.detach().view(-1)[index.long()].float()
+            for name in names:
+                if name not in state:
+                    state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
+        return states
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""
@@ -169,6 +163,18 @@ class SparseOptimizer(torch.optim.Optimizer):
 @functools.cache
 def _no_master(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
+
+
+def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+    """Return the parameters of a group that have a gradient, the gradients, and the index lists."""
+    params, grads, indices = [], [], []
+    for param, index in zip(group["params"], group["indices"], strict=True):
+        grad = param.grad
+        if grad is not None:
+            params.append(param)
+            grads.append(grad)
+            indices.append(index)
+    return params, grads, indices
 
 
 def _checked_indices(params: list[Tensor], indices: list[Tensor] | None) -> list[Tensor]:

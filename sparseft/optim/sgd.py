@@ -63,7 +63,7 @@ class SparseSGD(SparseOptimizer):
             step.indices,
             step.state("momentum_buffer") if momentum else [master[:0] for master in step.masters],
             step.masters,
-            step.counts,
+            step.state("step"),
             momentum=momentum,
             dampening=group["dampening"],
             nesterov=group["nesterov"],
