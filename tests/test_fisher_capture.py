@@ -376,7 +376,7 @@ def test_autocast_inside_the_model_is_followed(name):
 
 
 class Largest(TorchDispatchMode):
-    """Notes the size of the largest tensor that any operation makes."""
+    """Notes the size of the largest tensor that any operation makes, in elements of four bytes."""
 
     def __init__(self):
         super().__init__()
@@ -386,7 +386,7 @@ class Largest(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         for tensor in torch.utils._pytree.tree_leaves(out):
             if isinstance(tensor, torch.Tensor):
-                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // tensor.element_size())
+                self.elements = max(self.elements, tensor.untyped_storage().nbytes() // 4)
         return out
 
 

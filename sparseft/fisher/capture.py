@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import conv, elementwise, embedding, experts, gather, linear, norm
+from sparseft.fisher import channel_norm, conv, elementwise, embedding, experts, gather, linear, norm
 from sparseft.fisher.contribution import Contribution
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
@@ -26,6 +26,7 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **experts.RULES,
     **embedding.RULES,
     **norm.RULES,
+    **channel_norm.RULES,
     **elementwise.RULES,
 }
 

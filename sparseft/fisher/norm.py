@@ -48,50 +48,50 @@ class _LayerNorm(torch.autograd.Function):
         if bias_use is not None:
             rows = capture.by_sample(dy.flatten(-normalized))
             capture.emit(bias_use, Vector(rows.sum(1, dtype=torch.float32)))
-        dx = None
-        if ctx.needs_input_grad[5]:
-            dx = torch.ops.aten.native_layer_norm_backward(
-                dy, x, ctx.shape, mean, rstd, weight, bias, [True, False, False]
-            )[0]
-        return None, None, None, None, None, dx, None, None
+        # a weight that is not captured, because it is computed, has its gradient passed on
+        wanted = list(ctx.needs_input_grad[5:8])
+        grads: tuple[Tensor | None, ...] = (None,) * 3
+        if any(wanted):
+            grads = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted)
+        return (None,) * 5 + tuple(grads)
 
 
 def _layer_norm(
     capture: Capture,
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if x.dim() <= len(normalized_shape):
+    if input.dim() <= len(normalized_shape):
         return None
     uses = (
-        capture.claim(weight, x.shape, "norm", same_shape=True),
-        capture.claim(bias, x.shape, "bias", same_shape=True),
+        capture.claim(weight, input.shape, "norm", same_shape=True),
+        capture.claim(bias, input.shape, "bias", same_shape=True),
     )
     if uses == (None, None):
         return None
     weight = None if weight is None else capture.sealed(weight, uses[0])
     bias = None if bias is None else capture.sealed(bias, uses[1])
-    if x.is_cuda and torch.is_autocast_enabled("cuda"):
-        x = x.float()  # as autocast does there
-    return capture.run(_LayerNorm, uses, list(normalized_shape), eps, x, weight, bias)
+    if input.is_cuda and torch.is_autocast_enabled("cuda"):
+        input = input.float()  # as autocast does there
+    return capture.run(_LayerNorm, uses, list(normalized_shape), eps, input, weight, bias)
 
 
 def _rms_norm(
     capture: Capture,
-    x: Tensor,
+    input: Tensor,
     normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     eps: float | None = None,
 ) -> Tensor | None:
-    if weight is None or x.dim() <= len(normalized_shape):
+    if weight is None or input.dim() <= len(normalized_shape):
         return None
-    use = capture.claim(weight, x.shape, "norm", same_shape=True)
+    use = capture.claim(weight, input.shape, "norm", same_shape=True)
     if use is None:
         return None
-    x_hat = F.rms_norm(x, list(normalized_shape), None, eps)
+    x_hat = F.rms_norm(input, list(normalized_shape), None, eps)
     return scale(capture, use, x_hat, weight)
 
 

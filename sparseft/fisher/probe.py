@@ -153,8 +153,8 @@ class _Probing:
                 return plan
         raise ValueError(
             f"the loss of a sample must depend on that sample alone, but it changed from {alone.tolist()} to "
-            f"{together.tolist()} with the other samples of its batch; losses across a batch, batch statistics and "
-            "randomness in evaluation mode have no per-sample gradient"
+            f"{together.tolist()} with the other samples of its batch; losses across a batch, batch norm with "
+            "the statistics of the batch and randomness in evaluation mode have no per-sample gradient"
         )
 
     def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
