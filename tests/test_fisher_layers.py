@@ -274,14 +274,22 @@ def test_batch_norm_with_the_statistics_of_the_batch_is_refused(shape):
 SHAPES = [
     ((9,), (3,), 6, 1),
     ((6, 5), (3, 2), 6, 1),
-    ((3, 3), (2, 2), 12, 1),
+    ((3, 3), (2, 2), 20, 1),
     ((5, 4, 3), (2, 2, 2), 8, 4),
     ((7,), (2,), 8, 2),
 ]
 
 
 @pytest.mark.parametrize("device", testing.devices())
-@pytest.mark.parametrize("add", [add_by_sample_, add_unfolded_, functools.partial(add_unfolded_, elements=1)])
+@pytest.mark.parametrize(
+    "add",
+    [
+        add_by_sample_,
+        functools.partial(add_by_sample_, elements=1),
+        add_unfolded_,
+        functools.partial(add_unfolded_, elements=1),
+    ],
+)
 @pytest.mark.parametrize("uses", [1, 2])
 @pytest.mark.parametrize(("size", "kernel", "rows", "groups"), SHAPES)
 def test_patches_add_up_to_squared_gradients(size, kernel, rows, groups, uses, add, device):
