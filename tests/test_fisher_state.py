@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+import torch.nn.functional as F
 from models import one_thread  # noqa: F401
 from torch import nn
 
@@ -190,19 +191,56 @@ def test_too_many_bad_samples_are_refused_by_name():
 class Coupled(nn.Module):
     def __init__(self, kind):
         super().__init__()
-        self.lin, self.kind = nn.Linear(4, 3), kind
+        self.lin, self.head, self.router, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 4), kind
+        self.norm = nn.BatchNorm1d(6, track_running_stats=False)
 
     def forward(self, x):
+        h = self.lin(x)
         if self.kind == "batch mean":
-            return self.lin(x - x.mean(0))
-        return nn.functional.dropout(self.lin(x), 0.5, training=True)
+            h = h - h.mean(0)
+        if self.kind == "random":
+            h = F.dropout(h, 0.5, training=True)
+        if self.kind == "batch norm":
+            h = F.batch_norm(h, None, None, training=True)
+        if self.kind == "batch norm over time":
+            h = F.batch_norm(h[:, :, None].tanh() * torch.arange(1, 6), None, None, training=True).mean(2)
+        if self.kind == "batch norm module":
+            h = self.norm(h)
+        self.routed = self.router(torch.tanh(h)).softmax(-1)
+        return self.head(torch.tanh(h)) * self.routed.max(-1, keepdim=True).values
 
 
-@pytest.mark.parametrize("kind", ["batch mean", "random"])
+COUPLED = ["batch mean", "random", "batch norm", "batch norm over time", "batch norm module"]
+
+
+@pytest.mark.parametrize("kind", COUPLED)
 def test_losses_that_depend_on_other_samples_are_refused(kind):
     torch.manual_seed(0)
-    with pytest.raises(ValueError, match="that sample alone"):
+    with pytest.raises(ValueError, match=r"that sample alone|depends on the other samples"):
         estimate_fisher(Coupled(kind), [(torch.randn(5, 4), torch.randint(0, 3, (5,)))], progress=False)
+
+
+def in_batch_negatives(model, batch):
+    z = F.normalize(model.lin(batch[0]), dim=-1)
+    return F.cross_entropy(z @ z.T / 0.1, torch.arange(len(z)), reduction="none")
+
+
+def balanced(weight):
+    def loss(model, batch):
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        used = F.one_hot(model.routed.argmax(-1), 4).float().mean(0)
+        return losses + weight * 4 * (used * model.routed.mean(0)).sum()
+
+    return loss
+
+
+@pytest.mark.parametrize("loss", [in_batch_negatives, balanced(1.0), balanced(0.01), balanced(0.001)])
+def test_losses_across_the_batch_are_refused(loss):
+    torch.manual_seed(0)
+    data = [(torch.randn(5, 4), torch.randint(0, 3, (5,)))]
+    assert estimate_fisher(Coupled(""), data, loss=balanced(0.0), progress=False).report.samples == 5
+    with pytest.raises(ValueError, match=r"that sample alone, .* router"):
+        estimate_fisher(Coupled(""), data, loss=loss, progress=False)
 
 
 def test_a_model_that_runs_single_samples_only_says_what_is_missing():

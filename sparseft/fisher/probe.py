@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Layout, Use
 from sparseft.fisher.contribution import Contribution, Outer
+from sparseft.fisher.coupling import check_uncoupled, coupled
 from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.patches import Patches
 from sparseft.fisher.tally import mixed
@@ -150,12 +151,11 @@ class _Probing:
             # rounding differs with the batch size; a gradient to other samples' rows was looked for, at any size
             tolerance = max(0.01, eps**0.5)
             if torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+                if plan.fallback:
+                    rest = {name: self.parameters[name] for name in plan.fallback}
+                    check_uncoupled(self.model, self.objective, self.batch, self.positions, large, rest, eps)
                 return plan
-        raise ValueError(
-            f"the loss of a sample must depend on that sample alone, but it changed from {alone.tolist()} to "
-            f"{together.tolist()} with the other samples of its batch; losses across a batch, batch norm with "
-            "the statistics of the batch and randomness in evaluation mode have no per-sample gradient"
-        )
+        raise coupled(f"its value changed from {alone.tolist()} to {together.tolist()}")
 
     def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
         with capture:

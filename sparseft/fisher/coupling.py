@@ -1,0 +1,83 @@
+"""Losses that depend on other samples, however little: in-batch negatives, the balancing loss of a router."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.fisher.batches import Batch, take
+from sparseft.fisher.loss import Objective
+
+# what rounding may do to a loss, in units of rounding, and to a gradient, relative to the largest: the runs compared
+# have the same shapes, but a mask that is all ones may take another kernel
+_LOSS, _GRADIENT = 64, 1e-3
+
+
+def check_uncoupled(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    positions: list[int],
+    beside: list[int],
+    parameters: Mapping[str, Tensor],
+    eps: float,
+) -> None:
+    """Raise if the loss of the last of some samples changes when copies of it replace the others, or its gradient.
+
+    Both runs have the same shapes, so that they round alike, and a dependence shows that is far below what a change
+    of the batch size does to the loss.
+
+    Args:
+        model: in evaluation mode.
+        objective: the loss.
+        batch: holds the samples.
+        positions: where its samples stand in the data.
+        beside: samples of the batch, by index.
+        parameters: where a gradient reached other samples, or may have.
+        eps: the coarsest precision that the model computes in.
+    """
+    itself = [beside[-1]] * len(beside)
+    (before, grads), (after, others) = (
+        _last(model, objective, batch, positions, chosen, parameters) for chosen in (beside, itself)
+    )
+    if before.is_cuda and torch.get_float32_matmul_precision() != "highest":
+        eps = max(eps, torch.finfo(torch.float16).eps)
+    eps = max(eps, *(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
+    tolerance = min(_LOSS * eps, max(0.01, eps**0.5))
+    if not torch.allclose(before, after, rtol=tolerance, atol=tolerance):
+        raise coupled(f"its value changed from {before.tolist()} to {after.tolist()}")
+    if eps > torch.finfo(torch.float32).eps:
+        return
+    # some gradients (of a key's bias) are zero but for rounding
+    floor = 1e-3 * max(float(grad.abs().max()) for grad in grads.values())
+    for name, grad in grads.items():
+        largest = max(float(grad.abs().max()), floor)
+        if float((grad - others[name]).abs().max()) > _GRADIENT * largest:
+            raise coupled(f"its gradient in {name} changed")
+
+
+def _last(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    positions: list[int],
+    chosen: list[int],
+    parameters: Mapping[str, Tensor],
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the outputs of the last of the chosen samples, and the gradients of their sum."""
+    outputs = objective(model, take(batch, chosen), [positions[sample] for sample in chosen]).outputs[-1]
+    if not outputs.requires_grad:
+        return outputs, {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)
+    return outputs.detach(), {name: grad.to_dense() for name, grad in zip(parameters, grads, strict=True)}
+
+
+def coupled(what: str) -> ValueError:
+    """Return the error for a loss that depends on the other samples of its batch."""
+    return ValueError(
+        f"the loss of a sample must depend on that sample alone, but {what} with the other samples of its batch; "
+        "losses across a batch (in-batch negatives, the balancing loss of a router), batch norm with the statistics "
+        "of the batch and randomness in evaluation mode have no per-sample gradient"
+    )
