@@ -42,14 +42,15 @@ def try_rates(method: str, rates: list[float], splits: examples.Splits, options:
     encoded = encoding.encode(splits, loaded.tokenizer, options.max_length)
     mask = training.choose(loaded, encoded, method, options.density, batch_size=options.batch_size, seed=options.seed)
     for rate in rates:
-        model = models.load(models.minilm(), splits, seed=options.seed).model
+        fresh = models.load(models.minilm(), splits, seed=options.seed)
         started = time.perf_counter()
         try:
             result = training.train(
-                model,
+                fresh,
                 encoded,
                 mask,
                 lr=rate,
+                head_lr=options.head_lr,
                 max_steps=options.steps,
                 batch_size=options.batch_size,
                 seed=options.seed,
@@ -63,6 +64,7 @@ def try_rates(method: str, rates: list[float], splits: examples.Splits, options:
         row = {
             "method": method,
             "lr": rate,
+            "head_lr": options.head_lr,
             "accuracy": round(accuracy, 4),
             "loss": round(loss, 4),
             "density": options.density,
@@ -90,6 +92,7 @@ def main() -> None:
     parser.add_argument("machine", help="name of the results file")
     parser.add_argument("--methods", nargs="+", choices=training.METHODS, default=list(training.METHODS))
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
+    parser.add_argument("--head-lr", type=float, default=training.HEAD_LR)
     parser.add_argument("--density", type=float, default=0.005)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=16)

@@ -88,7 +88,7 @@ def run(setup: Setup, method: str, output: Path) -> Row:
     mask = training.choose(loaded, encoded, method, setup.density, batch_size=setup.batch_size, seed=setup.seed)
     select_seconds = time.perf_counter() - started
     select_memory = measure.peak_memory() - before
-    result = training.train(model, encoded, mask, epochs=setup.epochs, batch_size=setup.batch_size, seed=setup.seed)
+    result = training.train(loaded, encoded, mask, epochs=setup.epochs, batch_size=setup.batch_size, seed=setup.seed)
 
     if mask is None:
         model.save_pretrained(output / method)

@@ -116,6 +116,7 @@ def train(
     max_steps: Annotated[int | None, typer.Option(min=1, help="Number of steps, in place of --epochs.")] = None,
     batch_size: _Batch = 16,
     lr: Annotated[float | None, typer.Option(help="Peak learning rate; the method's own if left out.")] = None,
+    head_lr: Annotated[float | None, typer.Option(help="Peak learning rate of a new head beside others.")] = None,
     max_length: _Length = None,
     dtype: _Dtype = "auto",
     seed: _Seed = 0,
@@ -127,7 +128,7 @@ def train(
 
         checkpoint.check_output(output, overwrite)
         training.check_choice(method, density, samples)
-        training.check_schedule(lr, epochs, max_steps, batch_size)
+        training.check_schedule(lr, epochs, max_steps, batch_size, head_lr)
         mask = None if mask_file is None else _given_mask(mask_file, ctx)
         models.quiet()
         found = inputs.load(model, train_rows, dev_rows, **_taken_by(inputs.load, ctx))
@@ -137,7 +138,7 @@ def train(
         else:
             mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
         select_seconds = time.perf_counter() - started
-        run = training.train(found.loaded.model, found.encoded, mask, **_taken_by(training.train, ctx))
+        run = training.train(found.loaded, found.encoded, mask, **_taken_by(training.train, ctx))
         options = {"model": model, "batch_size": batch_size, "seed": seed, "output": output}
         results |= checkpoint.save_run(output, found, mask, run, {**options, "select_seconds": select_seconds})
 

@@ -31,7 +31,7 @@ METHODS = (*SELECTION_METHODS, *BASELINES)
 SAMPLING = ("fish", "sift")
 
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
-# ones than full fine-tuning.
+# ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
 DEFAULT_LR = {
     "fish": 3e-3,
     "sift": 3e-3,
@@ -40,6 +40,7 @@ DEFAULT_LR = {
     "head": 1e-1,
     "full": 3e-4,
 }
+HEAD_LR = 3e-2  # of new parameters, beside any method
 WARMUP = 0.1  # share of the steps
 
 
@@ -49,7 +50,8 @@ class Result:
 
     Attributes:
         method: the selection method, "head" or "full".
-        lr: the peak learning rate.
+        lr: the peak learning rate of pretrained weights, or of the new ones for "head", which trains no others.
+        head_lr: the peak learning rate of new parameters; None where there are none, or no others.
         trained: number of weights that were trained, new parameters included.
         evaluation: of the dev split, after training.
         steps: number of optimizer steps.
@@ -60,6 +62,7 @@ class Result:
 
     method: str
     lr: float
+    head_lr: float | None
     trained: int
     evaluation: Evaluation
     steps: int
@@ -127,11 +130,12 @@ def choose(
 
 
 def train(
-    model: Any,
+    loaded: Loaded,
     encoded: Encoded,
     mask: Mask | None,
     *,
     lr: float | None = None,
+    head_lr: float | None = None,
     epochs: float = 3.0,
     max_steps: int | None = None,
     batch_size: int = 16,
@@ -145,10 +149,11 @@ def train(
     zero; no gradient clipping.
 
     Args:
-        model: a transformers model, as it was loaded.
+        loaded: the model, as it was loaded.
         encoded: the data.
         mask: what to train, from `choose`; None for everything.
         lr: peak learning rate; None for the method's default.
+        head_lr: peak learning rate of new parameters that train beside others; None for a default of their own.
         epochs: passes over the training rows.
         max_steps: number of steps, in place of epochs.
         batch_size: rows a step.
@@ -161,16 +166,21 @@ def train(
         RuntimeError: the model's outputs are not finite after training.
     """
     method = "full" if mask is None else mask.info.get("method")
-    check_schedule(lr, epochs, max_steps, batch_size)
+    check_schedule(lr, epochs, max_steps, batch_size, head_lr)
     if not encoded.dev:
         raise ValueError("there must be rows to measure on, got none")
     if lr is None:
         if method not in DEFAULT_LR:
             raise ValueError(f"lr must be given: there is no default for a mask of method {method!r}")
         lr = DEFAULT_LR[method]
-    model.to(device())
+    model = loaded.model.to(device())
     measure.reset_peak_memory()
-    optimizer = _optimizer(model, mask, lr, weight_decay)
+    groups = _groups(loaded, mask)
+    if len(groups) == 1:
+        head_lr = None
+    else:
+        head_lr = groups[-1]["lr"] = head_lr or HEAD_LR
+    optimizer = _optimizer(groups, mask, lr, weight_decay)
     steps = max_steps or math.ceil(math.ceil(len(encoded.train) / batch_size) * epochs)
     clock = _fit(model, encoded, optimizer, steps, batch_size, seed, progress)
     peak = measure.peak_memory()
@@ -179,7 +189,7 @@ def train(
         raise RuntimeError(f"training diverged at learning rate {lr}: the outputs are not finite; choose a lower one")
     trained = sum(parameter.numel() for parameter in model.parameters()) if mask is None else mask.trained
     size = checkpoint_bytes(model, mask)
-    return Result(str(method), lr, trained, evaluation, steps, clock.median, peak, size)
+    return Result(str(method), lr, head_lr, trained, evaluation, steps, clock.median, peak, size)
 
 
 def check_choice(method: str, density: float, samples: int | None = None) -> None:
@@ -191,9 +201,12 @@ def check_choice(method: str, density: float, samples: int | None = None) -> Non
         raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
 
 
-def check_schedule(lr: float | None, epochs: float, max_steps: int | None, batch_size: int) -> None:
+def check_schedule(
+    lr: float | None, epochs: float, max_steps: int | None, batch_size: int, head_lr: float | None = None
+) -> None:
     """Raise unless every option is positive and finite."""
-    for name, value in {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}.items():
+    options = {"lr": lr, "epochs": epochs, "max_steps": max_steps, "batch_size": batch_size, "head_lr": head_lr}
+    for name, value in options.items():
         if value is not None and not 0 < value < math.inf:
             raise ValueError(f"{name} must be positive, got {value}")
 
@@ -222,11 +235,22 @@ def _head_mask(loaded: Loaded) -> Mask:
     )
 
 
-def _optimizer(model: Any, mask: Mask | None, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+def _groups(loaded: Loaded, mask: Mask | None) -> list[dict[str, Any]]:
+    """Return what trains, new parameters in a group of their own, which is the last."""
+    if mask is not None:
+        mask.freeze_rest(loaded.model)
+        return mask.param_groups(loaded.model)
+    named = dict(loaded.model.named_parameters())
+    new = [named.pop(name) for name in loaded.new]
+    return [{"params": params} for params in (list(named.values()), new) if params]
+
+
+def _optimizer(
+    groups: list[dict[str, Any]], mask: Mask | None, lr: float, weight_decay: float
+) -> torch.optim.Optimizer:
     if mask is None:
-        return torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-    mask.freeze_rest(model)
-    return SparseAdamW(mask.param_groups(model), lr=lr, weight_decay=weight_decay)
+        return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
+    return SparseAdamW(groups, lr=lr, weight_decay=weight_decay)
 
 
 def _fit(
