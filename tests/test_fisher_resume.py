@@ -1,6 +1,7 @@
 """Going on: scores saved and loaded, joined with those of more data, and a pass that survives being interrupted."""
 
 import dataclasses
+import io
 
 import models
 import pytest
@@ -8,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from models import one_thread  # noqa: F401
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from tqdm.auto import tqdm
 
-from sparseft.fisher import FisherScores, estimate_fisher
+from sparseft.fisher import FisherScores, engine, estimate_fisher
 from sparseft.fisher.resume import fingerprint
 
 SAMPLES = 40
@@ -210,6 +213,26 @@ def test_checkpoints_are_written_as_often_as_asked(tmp_path, monkeypatch):
     saved.clear()
     scores(linear(), data(), checkpoint=tmp_path / "scores")
     assert saved == [40]
+
+
+def test_the_bar_counts_samples_from_where_the_pass_goes_on(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **options):
+            super().__init__(**options, file=io.StringIO())
+            bars.append((self, options))
+
+    monkeypatch.setattr(engine, "tqdm", Bar)
+    x, labels = (torch.cat(parts) for parts in zip(*data(), strict=True))
+    loader = DataLoader(TensorDataset(x, labels), batch_size=3)
+    for samples, start, end in [(9, 0, 9), (100, 9, 40)]:
+        estimate_fisher(linear(), loader, samples=samples, checkpoint=tmp_path / "scores")
+        bar, options = bars.pop()
+        assert (options["initial"], bar.n, bar.total) == (start, end, end)
+        assert (options["unit"], options["delay"], options["disable"]) == (" samples", 2, False)
+    estimate_fisher(linear(), loader, progress=False)
+    assert bars.pop()[1]["disable"]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

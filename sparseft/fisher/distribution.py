@@ -24,8 +24,8 @@ def square_root(kind: str, logits: Tensor) -> list[Tensor]:
     if kind == "regression":
         return _one_by_one(torch.ones_like(logits))
     raise ValueError(
-        'mode "expected" is for classification and regression heads: over all token sequences it cannot be computed; '
-        'use mode="sampled"'
+        'mode "expected" is for classification and regression heads: with a label at every token it would take a '
+        'backward pass for every token and class; use mode="sampled"'
     )
 
 

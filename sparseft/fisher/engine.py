@@ -77,7 +77,8 @@ def estimate_fisher(
         progress: show a bar, if the pass takes longer than two seconds.
 
     Returns:
-        Parameter name -> fp32 scores of its shape, in (loss of one sample / parameter)^2, with a `report`.
+        Parameter name -> fp32 scores of its shape, in (loss of one sample / parameter)^2 (of one token, for "token"),
+        with a `report` that says what that loss is.
 
     Raises:
         ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; too few

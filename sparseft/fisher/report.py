@@ -71,7 +71,9 @@ class FisherReport:
 class FisherScores(dict[str, Tensor]):
     """Parameter name -> fp32 scores of its shape, `(1/N) sum_n (d loss_n / d theta)^2`, and how they were made.
 
-    Unit: (loss of one sample / parameter)^2. A tied parameter is there once, under its first name.
+    Unit: (loss of one sample / parameter)^2, a mean over samples; what the loss of a sample is, the report says. With
+    token_reduction "token" it is (loss of one token / parameter)^2, summed over the tokens of a sample. A tied
+    parameter is there once, under its first name.
     """
 
     def __init__(self, scores: dict[str, Tensor], report: FisherReport) -> None:
