@@ -1,6 +1,7 @@
 // Argument checks. Every message says what is wrong, what was got, what was wanted, and how to put it right.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <initializer_list>
 #include <sstream>
@@ -8,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -63,13 +65,21 @@ inline const std::initializer_list<ScalarType> kFloatTypes = {ScalarType::Float,
                                                               ScalarType::Half};
 inline const std::initializer_list<ScalarType> kIndexTypes = {ScalarType::Int, ScalarType::Long};
 
+// What Tensor::scalar_type() returns. That one compares with a dozen dtypes, by a call of libtorch for each.
+inline ScalarType dtype_of(const Tensor& tensor) {
+    int32_t code = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
+    if (code == aoti_torch_dtype_float32()) return ScalarType::Float;
+    if (code == aoti_torch_dtype_int32()) return ScalarType::Int;
+    if (code == aoti_torch_dtype_bfloat16()) return ScalarType::BFloat16;
+    return tensor.scalar_type();
+}
+
 inline void check_dtype(const Argument& argument, const Tensor& tensor, std::initializer_list<ScalarType> wanted) {
-    const ScalarType got = tensor.scalar_type();
+    const ScalarType got = dtype_of(tensor);
+    if (std::find(wanted.begin(), wanted.end(), got) != wanted.end()) return;
     std::string names;
-    for (const ScalarType dtype : wanted) {
-        if (dtype == got) return;
-        names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
-    }
+    for (const ScalarType dtype : wanted) names += (names.empty() ? "" : " or ") + std::string(dtype_name(dtype));
     fail(argument, " must be ", names, ", got ", dtype_name(got), "; convert it with .to()");
 }
 
@@ -82,8 +92,18 @@ inline void check_contiguous(const Argument& argument, const Tensor& tensor) {
           " must be contiguous, got gaps or another order; call .contiguous() first");
 }
 
-inline void check_device(const Argument& argument, const Tensor& tensor, const Tensor& like) {
-    check(tensor.is_cuda() == like.is_cuda() && tensor.get_device_index() == like.get_device_index(), argument,
+// Where a tensor is. Taken once from the first tensor of a call, it saves asking that again for every other one.
+struct Place {
+    int32_t type, index;
+
+    Place(const Tensor& tensor) : type(0), index(0) {
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+        TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_index(tensor.get(), &index));
+    }
+};
+
+inline void check_device(const Argument& argument, const Place& place, const Place& wanted) {
+    check(place.type == wanted.type && place.index == wanted.index, argument,
           " must be on the device of the first tensor of the call, got another; move it, or call once per device");
 }
 

@@ -26,7 +26,7 @@ std::vector<Tensor> gather(const std::vector<Tensor>& tensors, const std::vector
         const Argument argument{"gather", "tensors", static_cast<int64_t>(i)};
         check_device(argument, tensors[i], tensors[0]);
         kept_alive.push_back(tensors[i].is_contiguous() ? tensors[i] : torch::stable::contiguous(tensors[i]));
-        const Selection at = select(argument, kept_alive.back(), indices[i]);
+        const Selection at = select(argument, kept_alive.back(), indices[i], tensors[0]);
         results.push_back(torch::stable::new_empty(tensors[i], {at.k}));
         if (at.k > 0) exchanges.push_back({at, results.back().data_ptr()});
     }
@@ -48,7 +48,7 @@ void delta_swap_(const std::vector<Tensor>& params, const std::vector<Tensor>& i
         const Argument value{"delta_swap_", "values", static_cast<int64_t>(i)};
         check_device(param, params[i], params[0]);
         check_contiguous(param, params[i]);
-        const Selection at = select(param, params[i], indices[i]);
+        const Selection at = select(param, params[i], indices[i], params[0]);
         check_dtype(value, values[i], {params[i].scalar_type()});
         check_numel(value, values[i], at.k, "one a selected entry");
         check_contiguous(value, values[i]);

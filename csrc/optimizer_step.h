@@ -56,21 +56,21 @@ struct StepArguments {
 };
 
 // The address of one fp32 value.
-inline float* scalar(const Argument& argument, const Tensor& tensor, const Tensor& like) {
+inline float* scalar(const Argument& argument, const Tensor& tensor, const Place& place) {
     check_dtype(argument, tensor, {ScalarType::Float});
     check_numel(argument, tensor, 1, "a 0-d tensor");
-    check_device(argument, tensor, like);
+    check_device(argument, tensor, place);
     return static_cast<float*>(tensor.data_ptr());
 }
 
 // fp32 values beside the selected entries, or null for an empty tensor where that is allowed.
 inline float* per_entry(const Argument& argument, const Tensor& tensor, int64_t k, bool may_be_empty,
-                        const Tensor& like) {
+                        const Place& place) {
     if (may_be_empty && tensor.numel() == 0) return nullptr;
     check_dtype(argument, tensor, {ScalarType::Float});
     check_numel(argument, tensor, k, "one a selected entry");
     check_contiguous(argument, tensor);
-    check_device(argument, tensor, like);
+    check_device(argument, tensor, place);
     return static_cast<float*>(tensor.data_ptr());
 }
 
@@ -82,31 +82,31 @@ inline const void* contiguous_data(const Tensor& grad, std::vector<Tensor>& copi
 }
 
 // Check parameter i of a step and add it to `work`.
-inline void add_parameter(const StepArguments& a, size_t i, bool stateless, StepWork& work) {
+inline void add_parameter(const StepArguments& a, size_t i, bool stateless, const Place& place, StepWork& work) {
     const auto at = [&](const char* name) { return Argument{a.op, name, static_cast<int64_t>(i)}; };
     const Tensor& param = a.params[i];
     const Tensor& grad = a.grads[i];
     check_dtype(at("params"), param, kFloatTypes);
     check_contiguous(at("params"), param);
-    check_device(at("params"), param, a.params[0]);
+    check_device(at("params"), param, place);
     check_dtype(at("grads"), grad, kFloatTypes);
-    check_device(at("grads"), grad, param);
+    check_device(at("grads"), grad, place);
 
     ParameterStep step{};
-    step.at = select(at("params"), param, a.indices[i]);
+    step.at = select(at("params"), param, a.indices[i], place);
     const int64_t k = step.at.k;
     step.compact_grad = grad.numel() == k;
     check(step.compact_grad || grad.numel() == step.at.numel, at("grads"), " must have the ", step.at.numel,
           " elements of its parameter or the ", k, " of its indices, got ", grad.numel());
     step.grad = contiguous_data(grad, work.copies);
-    step.dtype = param.scalar_type();
-    step.grad_dtype = grad.scalar_type();
+    step.dtype = dtype_of(param);
+    step.grad_dtype = dtype_of(grad);
     for (size_t s = 0; s < a.states.size(); ++s) {
         const auto& [name, list] = a.states[s];
-        step.states[s] = per_entry(at(name), (*list)[i], k, stateless, param);
+        step.states[s] = per_entry(at(name), (*list)[i], k, stateless, place);
     }
-    step.master = per_entry(at("masters"), a.masters[i], k, true, param);
-    float* const count = scalar(at("steps"), a.steps[i], param);
+    step.master = per_entry(at("masters"), a.masters[i], k, true, place);
+    float* const count = scalar(at("steps"), a.steps[i], place);
     step.count = count;
     work.counts.push_back(count);
     if (k > 0) work.parameters.push_back(step);
@@ -124,7 +124,8 @@ inline StepWork step_work(const StepArguments& a, bool stateless) {
     StepWork work;
     work.parameters.reserve(n);
     work.counts.reserve(n);
-    for (size_t i = 0; i < n; ++i) add_parameter(a, i, stateless, work);
+    const Place place = a.params[0];
+    for (size_t i = 0; i < n; ++i) add_parameter(a, i, stateless, place, work);
     return work;
 }
 

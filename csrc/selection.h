@@ -20,18 +20,19 @@ struct Selection {
 
 // Build the Selection of a tensor from its entry in an op's list `indices`. The indices themselves are not looked at:
 // a Device's `check_indices` does that, for all lists of a call.
-inline Selection select(const Argument& tensor_argument, const Tensor& tensor, const Tensor& indices) {
+inline Selection select(const Argument& tensor_argument, const Tensor& tensor, const Tensor& indices,
+                        const Place& place) {
     const Argument argument{tensor_argument.op, "indices", tensor_argument.position};
     check_dtype(argument, indices, kIndexTypes);
     check_contiguous(argument, indices);
-    check_device(argument, indices, tensor);
+    check_device(argument, indices, place);
     return {tensor.data_ptr(),
             indices.data_ptr(),
             tensor.numel(),
             indices.numel(),
             static_cast<int32_t>(argument.position),
             static_cast<int8_t>(tensor.element_size()),
-            indices.scalar_type() == ScalarType::Long};
+            dtype_of(indices) == ScalarType::Long};
 }
 
 }  // namespace sparseft
