@@ -37,6 +37,11 @@ class Twice(Net):
         return torch.tanh(self.lin(torch.tanh(self.lin(x))))
 
 
+class ByKeyword(Net):
+    def odd(self, x):
+        return F.linear(input=x, weight=self.lin.weight, bias=self.lin.bias)
+
+
 class UsedOutputAndNot(Net):
     def odd(self, x):
         self.lin(x * 2)
@@ -57,6 +62,13 @@ class FirstRowOfShared(Net):
     # expanding the ids to the batch changes nothing here but whose gradient it is
     def odd(self, x):
         return x + self.pos(torch.arange(x.shape[1])[None])[0]
+
+
+class FirstCopy(Net):
+    # every sample takes the first one's copy, and what a layer made of it
+    def odd(self, x):
+        copies = self.row.expand(len(x), -1)
+        return x * copies[0] + self.lin(copies)[0]
 
 
 class TimeMajor(Net):
@@ -187,6 +199,7 @@ LINEAR, FELL = "linear", "fallback"
 # module -> the rule that must serve each of its own parameters
 CASES = {
     "linear used twice": (lambda: Twice(lin=nn.Linear(H, H)), {"lin.weight": LINEAR, "lin.bias": "bias"}),
+    "called by keyword": (lambda: ByKeyword(lin=nn.Linear(H, H)), {"lin.weight": LINEAR, "lin.bias": "bias"}),
     "one use without output": (lambda: UsedOutputAndNot(lin=nn.Linear(H, H)), {"lin.weight": LINEAR}),
     "positions [T]": (
         lambda: PositionsWithoutBatch(pos=nn.Embedding(T, H), scale=parameter(H)),
@@ -194,6 +207,10 @@ CASES = {
     ),
     "positions [1, T]": (lambda: PositionsOfOneRow(pos=nn.Embedding(T, H)), {"pos.weight": "embedding"}),
     "row 0 of shared positions": (lambda: FirstRowOfShared(pos=nn.Embedding(T, H)), {"pos.weight": FELL}),
+    "the first copy of an expanded parameter": (
+        lambda: FirstCopy(row=parameter(H), lin=nn.Linear(H, H)),
+        {"row": FELL, "lin.weight": FELL, "lin.bias": FELL},
+    ),
     "time first": (
         lambda: TimeMajor(lin=nn.Linear(H, H), norm=nn.LayerNorm(H)),
         {"lin.weight": FELL, "lin.bias": FELL, "norm.weight": FELL},

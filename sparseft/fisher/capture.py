@@ -71,6 +71,7 @@ class Capture(TorchFunctionMode):
         self.samples = samples
         self.uses: list[Use] = []
         self.rows_chosen = False  # an operation chose rows by their values
+        self.repeated = False  # a parameter was repeated for every sample: whose copy goes where, the loss cannot tell
         self.emit: Callable[[Use, Contribution], None] = lambda use, contribution: None
         # every captured operation depends on it, so that backward reaches those whose inputs need no gradient
         self.anchor = torch.zeros((), requires_grad=True)

@@ -131,6 +131,7 @@ def _expand(capture: Capture, param: Tensor, *sizes: Any, **options: Any) -> Ten
     use = capture.claim(param, result, "elementwise")
     if use is None:
         return None
+    capture.repeated = True
     return capture.run(_Repeat, use, tuple(result), capture.sealed(param, use))
 
 

@@ -72,14 +72,14 @@ def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | 
     return capture.run(_Linear, uses, conv1d, x, weight, bias)
 
 
-def _linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
-    return _capture_linear(capture, x, weight, bias, conv1d=False)
+def _linear(capture: Capture, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return _capture_linear(capture, input, weight, bias, conv1d=False)
 
 
-def _addmm(capture: Capture, bias: Tensor, x: Tensor, weight: Tensor, **scales: Any) -> Tensor | None:
-    if scales or bias.dim() != 1:
+def _addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
+    if scales or input.dim() != 1:
         return None
-    return _capture_linear(capture, x, weight, bias, conv1d=True)
+    return _capture_linear(capture, mat1, mat2, input, conv1d=True)
 
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm}

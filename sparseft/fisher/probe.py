@@ -198,7 +198,7 @@ def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tupl
         single = torch.zeros_like(outputs)
         single[sample] = 1
         torch.autograd.grad(outputs, [capture.anchor], single, retain_graph=True, allow_unused=True)
-        if not unproven():
+        if not unproven() and not capture.repeated:
             break
     for use in unproven():
         refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
