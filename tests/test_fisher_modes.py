@@ -111,6 +111,36 @@ def test_a_loss_of_ones_own_may_be_given_by_token():
         )
 
 
+def encoder_decoder(kind):
+    import transformers as tf
+
+    shared = {"vocab_size": models.VOCABULARY, "d_model": 32, "decoder_start_token_id": 0, "pad_token_id": 0}
+    if kind == "t5":
+        return tf.T5ForConditionalGeneration(tf.T5Config(**shared, d_kv=8, d_ff=48, num_layers=1, num_heads=4))
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 48))}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    return tf.BartForConditionalGeneration(tf.BartConfig(**shared, **sides, **heads, max_position_embeddings=32))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart"])
+@pytest.mark.parametrize("reduction", ["mean", "token"])
+def test_decoders_are_fed_with_the_labels(kind, reduction):
+    torch.manual_seed(0)
+    model, batch = encoder_decoder(kind), models.batch("gpt2 classification", samples=3)
+    batch["labels"] = torch.randint(2, 20, (3, 6)).masked_fill(torch.arange(6) >= torch.tensor([[6], [3], [4]]), -100)
+    model.eval()
+    expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+    for one in rows(batch, *(slice(n, n + 1) for n in range(3))):
+        out = model(**one)
+        log_p = F.log_softmax(out.logits[0], -1)
+        labelled = [t for t in range(6) if one["labels"][0, t] != -100]
+        losses = [out.loss] if reduction == "mean" else [-log_p[t, one["labels"][0, t]] for t in labelled]
+        for loss in losses:
+            for key, square in squares(model, loss).items():
+                expected[key] += square / 3
+    assert_scores(estimate_fisher(model, [batch], token_reduction=reduction, progress=False), expected)
+
+
 @pytest.mark.parametrize("name", ["bert", "bert masked", "gpt2"])
 def test_label_smoothing_is_that_of_torch(name):
     model, batch = models.make(name), models.batch(name)

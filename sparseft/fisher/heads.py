@@ -16,21 +16,23 @@ _HEADS = {
     "ForVideoClassification": "sequence",
     "ForMultipleChoice": "classes",
     "ForCausalLM": "causal",
+    "ForConditionalGeneration": "generation",
     "LMHeadModel": "causal",
     "ForMaskedLM": "tokens",
     "ForTokenClassification": "tokens",
 }
 
 
-def logits_of(model: nn.Module, inputs: Any) -> Tensor:
-    """Run the model; return its logits, fp32."""
+def logits_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
+    """Run the model; return its logits, fp32. labels: what the decoder of an encoder-decoder model is fed with."""
     if not isinstance(inputs, Mapping):
         outputs = model(inputs)
     else:
         accepted = inspect.signature(model.forward).parameters
         # a cache of keys and values would be kept through backward for nothing
         cache = {"use_cache": False} if "use_cache" in accepted else {}
-        outputs = model(**{**cache, **inputs})
+        fed = {"labels": labels} if _head(_inner(model)) == "generation" and _decodes(_inner(model)) else {}
+        outputs = model(**{**cache, **inputs, **fed})
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -42,12 +44,15 @@ def logits_of(model: nn.Module, inputs: Any) -> Tensor:
 
 def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
     """Return what the head predicts: "classes", "multilabel", "regression", "tokens" or "causal" (the next token)."""
-    # PEFT wraps the model whose head it is
-    inner = model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
-    classes = [cls.__name__ for cls in type(inner).__mro__]
-    for head, kind in _HEADS.items():
-        if any(head in name for name in classes):
-            return _sequence_kind(inner, logits, labels) if kind == "sequence" else kind
+    inner = _inner(model)
+    head = _head(inner)
+    if head == "sequence":
+        return _sequence_kind(inner, logits, labels)
+    if head == "generation":
+        return "tokens" if _decodes(inner) else "causal"
+    if head is not None:
+        return head
+    classes = _classes(inner)
     if "PreTrainedModel" in classes:
         raise ValueError(
             f"no loss is known for {classes[0]}; pass `loss`, a function of (model, batch) that returns one loss "
@@ -56,6 +61,25 @@ def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
     if labels is not None and labels.is_floating_point():
         return "regression"
     return "classes" if logits.dim() == 2 else "tokens"
+
+
+def _inner(model: nn.Module) -> nn.Module:
+    # PEFT wraps the model whose head it is
+    return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
+
+
+def _classes(model: nn.Module) -> list[str]:
+    return [cls.__name__ for cls in type(model).__mro__]
+
+
+def _head(model: nn.Module) -> str | None:
+    classes = _classes(model)
+    return next((kind for head, kind in _HEADS.items() if any(head in name for name in classes)), None)
+
+
+def _decodes(model: nn.Module) -> bool:
+    # of a decoder alone, as of a vision-language model, the labels are those of the next token
+    return bool(getattr(model.config, "is_encoder_decoder", False))
 
 
 def _sequence_kind(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:

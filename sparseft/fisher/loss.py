@@ -114,7 +114,7 @@ class Objective:
 
     def _logits(self, model: nn.Module, batch: Batch, labels: Tensor | None) -> Tensor:
         """Return the logits, samples first: a model puts them where the labels have them."""
-        logits = logits_of(model, _split(self._samples.back(batch))[0])
+        logits = logits_of(model, *_split(self._samples.back(batch)))
         if labels is not None:
             logits = logits.movedim(self._samples.of("labels" if isinstance(batch, Mapping) else "1", labels), 0)
         if logits.shape[0] != size(batch):
