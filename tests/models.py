@@ -75,6 +75,12 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep convolutions on a GPU from multiplying in TF32, which has three digits. Import it into a test file."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "llama", "llama tied")
 
 

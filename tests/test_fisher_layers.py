@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from models import one_thread  # noqa: F401
+from models import full_precision, one_thread  # noqa: F401
 from test_fisher_capture import Largest
 from torch import nn
 from torch.nn.utils import parametrizations

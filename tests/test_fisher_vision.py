@@ -3,7 +3,7 @@
 import pytest
 import torch
 import transformers as tf
-from models import one_thread  # noqa: F401
+from models import full_precision, one_thread  # noqa: F401
 
 from sparseft import testing
 from sparseft.fisher import estimate_fisher
