@@ -84,6 +84,8 @@ def test_other_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="fisher"):
         scores(linear(), data(), checkpoint=tmp_path / "text")
     assert (tmp_path / "text").read_text() == "no scores"
+    with pytest.raises(ValueError, match="folder"):
+        scores(linear(), data(), checkpoint=tmp_path / "none" / "scores")
 
 
 @pytest.mark.parametrize("mode", ["empirical", "expected", "sampled"])

@@ -44,6 +44,8 @@ class Continuation:
                 "give one of them"
             )
         self._path = None if checkpoint is None else Path(checkpoint)
+        if self._path is not None and not self._path.parent.is_dir():
+            raise ValueError(f"the folder of the checkpoint {self._path} must be there before the pass; create it")
         self._seconds, self._saved_at = seconds, time.monotonic()
         self._checksum = 0
         found = self._path if self._path is not None and self._path.exists() else resume
