@@ -103,7 +103,7 @@ def train(
     text_columns: _Texts = None,
     label_column: _Label = None,
     method: Annotated[
-        str, typer.Option(help="fish, sift, magnitude, random; or as a baseline head or full.")
+        str, typer.Option(help="fish, ird, sift, magnitude, random; or as a baseline head or full.")
     ] = "fish",
     density: _Density = 0.005,
     include: _Include = None,
@@ -152,7 +152,7 @@ def select(
     task: _Task = "auto",
     text_columns: _Texts = None,
     label_column: _Label = None,
-    method: Annotated[str, typer.Option(help="fish, sift, magnitude, random, or head.")] = "fish",
+    method: Annotated[str, typer.Option(help="fish, ird, sift, magnitude, random, or head.")] = "fish",
     density: _Density = 0.005,
     include: _Include = None,
     exclude: _Exclude = None,

@@ -28,12 +28,13 @@ if TYPE_CHECKING:
 # "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
 BASELINES = ("head", "full")
 METHODS = (*SELECTION_METHODS, *BASELINES)
-SAMPLING = ("fish", "sift")
+SAMPLING = ("fish", "ird", "sift")
 
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
 # ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
 DEFAULT_LR = {
     "fish": 3e-3,
+    "ird": 3e-3,  # as for fish: the entries are of the same kind
     "sift": 3e-3,
     "magnitude": 1e-2,
     "random": 3e-2,
@@ -98,7 +99,7 @@ def choose(
         density: selected over selectable weights, in (0, 1].
         include: patterns of the parameters to select from; all if empty.
         exclude: patterns of parameters to leave out.
-        samples: rows to look at, for "fish" and "sift"; None for the method's default.
+        samples: rows to look at, for "fish", "ird" and "sift"; None for the method's default.
         batch_size: rows at a time.
         seed: which rows, and a method's own random choices.
         progress: show a progress bar on stderr.
@@ -113,7 +114,7 @@ def choose(
         return _head_mask(loaded)
     options: dict[str, Any] = {}
     if samples is not None:
-        options = {"samples": samples} if method == "fish" else {"batches": math.ceil(samples / batch_size)}
+        options = {"batches": math.ceil(samples / batch_size)} if method == "sift" else {"samples": samples}
     loaded.model.to(device())
     return select(
         method,

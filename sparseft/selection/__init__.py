@@ -1,7 +1,8 @@
 """Which weights to train: `select(name, model, data, density=...)`, one file a method.
 
 A method is a function `score(model, data, names, *, seed, progress, **options)` in a file of its own, which returns
-the scores of the named parameters and what is worth recording, and one line in METHODS.
+the scores of the named parameters and what is worth recording, and one line in METHODS. "ird" chooses entries by a
+search in place of scores.
 """
 
 from __future__ import annotations
@@ -10,21 +11,26 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-from torch import Tensor, nn
+from torch import nn
 
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
-from sparseft.selection import fish, magnitude, random, sift
+from sparseft.selection import fish, ird, magnitude, random, sift
+from sparseft.selection.ird import IRDPath
 from sparseft.selection.top_k import Scope, check_density, top_k
 
-__all__ = ["METHODS", "select", "top_k"]
+__all__ = ["METHODS", "IRDPath", "ird_search", "select", "top_k"]
 
 
 class Method(NamedTuple):
-    """How a method scores, and among which entries it ranks unless told otherwise."""
+    """How a method scores, and among which entries it ranks unless told otherwise.
 
-    score: Callable[..., tuple[Mapping[str, Tensor], dict[str, Any]]]
+    options: what takes the method's options, where it is not `score` itself.
+    """
+
+    score: Callable[..., Any]
     scope: Scope
     needs_data: bool
+    options: Callable[..., Any] | None = None
 
 
 METHODS = {
@@ -32,6 +38,7 @@ METHODS = {
     "magnitude": Method(magnitude.score, "global", needs_data=False),
     "sift": Method(sift.score, "tensor", needs_data=True),
     "fish": Method(fish.score, "global", needs_data=True),
+    "ird": Method(ird.search, "global", needs_data=True, options=ird.Options),
 }
 
 
@@ -53,11 +60,12 @@ def select(
     """Choose which weights of a model to train.
 
     Args:
-        name: a method: "fish" (per-sample Fisher information), "sift" (gradient of the first batches), "magnitude"
-            (largest weights) or "random".
+        name: a method: "fish" (per-sample Fisher information), "ird" (Fisher information, searching samples and
+            entries together), "sift" (gradient of the first batches), "magnitude" (largest weights) or "random".
         model: the pretrained model; left as it was found.
         data: batches with labels, of training data; not needed by "magnitude" and "random".
-        density: selected over selectable entries, in (0, 1]. Give this or k.
+        density: selected over selectable entries, in (0, 1]. Give this or k. For "ird" it is where the search starts,
+            and the most that it takes.
         k: number of entries to select.
         dense: shell-style patterns of parameters that train whole, outside the budget: a new head, as a rule.
         include: patterns of the parameters to select from; by default all that have requires_grad.
@@ -69,41 +77,69 @@ def select(
         options: of the method, for instance samples=1024 for "fish"; see its file.
 
     Returns:
-        A Mask with exactly floor(density * n) entries, and in `info` how it was made.
+        A Mask with exactly floor(density * n) entries ("ird": with at most as many), and in `info` how it was made.
 
     Raises:
         ValueError: an argument is out of range, a pattern matches nothing, no parameter is selectable, the data is
             empty or has no labels, or the scores are all zero or not finite.
     """
-    if name not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
-    method = METHODS[name]
-    check_density(density, k)
-    _check_options(name, method, options)
-    if method.needs_data and data is None:
-        raise ValueError(f"method {name!r} needs data: pass batches of training samples with labels")
-    names, dense_names = selectable(model, dense, include, exclude)
-    base = fingerprint(model, (other for other, _ in model.named_parameters() if other not in dense_names))
+    if name == "ird":
+        return ird_search(
+            model,
+            data,
+            density,
+            k=k,
+            dense=dense,
+            include=include,
+            exclude=exclude,
+            scope=scope,
+            seed=seed,
+            progress=progress,
+            **options,
+        ).mask
+    method = _checked(name, data, density, k, options)
+    scope = scope or method.scope
+    names, mask_options = _prepared(model, dense, include, exclude)
     scores, found = method.score(model, data, names, seed=seed, progress=progress, **options)
-    parameters = dict(model.named_parameters())
-    plain = {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))}
-    return top_k(
-        scores,
-        density,
+    info = {**_info(name, options, density, scope, seed), **found}
+    return top_k(scores, density, k=k, scope=scope, info=info, **mask_options)
+
+
+def ird_search(
+    model: nn.Module,
+    data: Iterable[Any] | None,
+    density: float | None = None,
+    *,
+    k: int | None = None,
+    dense: str | Iterable[str] = (),
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    scope: Scope | None = None,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> IRDPath:
+    """Search samples and entries together, and return the whole path: every cell looked at, and a mask for each.
+
+    `select("ird", ...)` is the mask of the chosen cell. The arguments are those of `select`; the options are those of
+    `sparseft.selection.ird.Options`.
+    """
+    method = _checked("ird", data, density, k, options)
+    scope = scope or method.scope
+    chosen = ird.Options(**options)
+    names, mask_options = _prepared(model, dense, include, exclude)
+    return ird.search(
+        model,
+        data if data is not None else (),
+        names,
+        chosen,
+        density=density,
         k=k,
-        scope=scope or method.scope,
-        dense={other: parameters[other].shape for other in dense_names},
-        aliases=aliases(model),
-        fingerprint=base,
-        info={
-            "method": name,
-            "options": plain,
-            "density_asked": density,
-            "scope": scope or method.scope,
-            "seed": seed,
-            "versions": versions(),
-            **found,
-        },
+        scope=scope,
+        seed=seed,
+        progress=progress,
+        info=_info("ird", chosen.changed(), density, scope, seed),
+        **mask_options,
     )
 
 
@@ -130,8 +166,53 @@ def selectable(
     return names, dense_names
 
 
+def _checked(name: str, data: Any, density: float | None, k: int | None, options: Mapping[str, Any]) -> Method:
+    """Return the method, or raise before anything is computed."""
+    if name not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    check_density(density, k)
+    _check_options(name, method, options)
+    if method.needs_data and data is None:
+        raise ValueError(f"method {name!r} needs data: pass batches of training samples with labels")
+    return method
+
+
+def _prepared(
+    model: nn.Module,
+    dense: str | Iterable[str],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+) -> tuple[list[str], dict[str, Any]]:
+    """Return the names to select from, and what the mask keeps of the model."""
+    names, dense_names = selectable(model, dense, include, exclude)
+    parameters = dict(model.named_parameters())
+    return names, {
+        "dense": {other: parameters[other].shape for other in dense_names},
+        "aliases": aliases(model),
+        "fingerprint": fingerprint(model, (other for other in parameters if other not in dense_names)),
+    }
+
+
+def _info(name: str, options: Mapping[str, Any], density: float | None, scope: Scope, seed: int) -> dict[str, Any]:
+    return {
+        "method": name,
+        "options": {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))},
+        "density_asked": density,
+        "scope": scope,
+        "seed": seed,
+        "versions": versions(),
+    }
+
+
 def _check_options(name: str, method: Method, options: Mapping[str, Any]) -> None:
-    known = set(inspect.signature(method.score).parameters) - {"model", "data", "names", "seed", "progress"}
+    known = set(inspect.signature(method.options or method.score).parameters) - {
+        "model",
+        "data",
+        "names",
+        "seed",
+        "progress",
+    }
     unknown = sorted(set(options) - known)
     if unknown:
         raise TypeError(
