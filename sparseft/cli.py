@@ -59,7 +59,7 @@ _Label = Annotated[str | None, typer.Option("--label-column", help="Column of th
 _Density = Annotated[float, typer.Option(help="Share of the weights to select, in (0, 1].")]
 _Include = Annotated[list[str] | None, typer.Option(help="Select only in parameters named like this; repeatable.")]
 _Exclude = Annotated[list[str] | None, typer.Option(help="Do not select in parameters named like this; repeatable.")]
-_Samples = Annotated[int | None, typer.Option(min=1, help="Rows that fish and sift look at.")]
+_Samples = Annotated[int | None, typer.Option(min=1, help="Rows that fish, ird and sift look at.")]
 _Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
 _Length = Annotated[
     int | None, typer.Option("--max-length", min=2, help="Tokens after which a sequence is cut; 128 if left out.")
