@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 
 from sparseft.fisher import FisherScores, engine, estimate_fisher
 from sparseft.fisher.resume import fingerprint
+from sparseft.selection import select
 
 SAMPLES = 40
 
@@ -235,6 +236,16 @@ def test_the_bar_counts_samples_from_where_the_pass_goes_on(tmp_path, monkeypatc
         assert (options["unit"], options["delay"], options["disable"]) == (" samples", 2, False)
     estimate_fisher(linear(), loader, progress=False)
     assert bars.pop()[1]["disable"]
+
+
+def test_selection_goes_on_from_a_checkpoint(tmp_path):
+    options = {"label_smoothing": 0.2, "checkpoint": str(tmp_path / "scores")}
+    first = select("fish", linear(), data(), k=9, progress=False, **options)
+    assert FisherScores.load(tmp_path / "scores").report.settings["label_smoothing"] == 0.2
+    model = linear()
+    calls = counted(model)
+    assert select("fish", model, data(), k=9, progress=False, **options) == first
+    assert not calls
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
