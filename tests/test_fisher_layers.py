@@ -1,18 +1,14 @@
 """Convolutions and norms over channels: every parameter against the loop of single samples, and the rule reported."""
 
-import functools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from models import full_precision, one_thread  # noqa: F401
-from test_fisher_capture import Largest
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from sparseft import testing
 from sparseft.fisher import batch_one_fisher, estimate_fisher
-from sparseft.fisher.patches import Patches, Window, add_by_sample_, add_unfolded_
 
 N, C, CLASSES = 5, 4, 3
 CONV = {"weight": "conv", "bias": "bias"}
@@ -196,26 +192,10 @@ class FramesFirst(Odd):
 
 
 class Computed(Odd):
-    # a captured layer makes each sample's weight
+    # a captured layer makes each sample's kernel
     def odd(self, x):
-        made = self.make(x.mean((2, 3)))
-        return torch.cat([self.use(x[n : n + 1], made[n]) for n in range(len(x))])
-
-
-def convolved(x, made, bias):
-    return F.conv2d(x, made.view(6, C, 1, 1), bias)
-
-
-def group_normed(x, made, bias):
-    return F.group_norm(x, 2, made, bias)
-
-
-def batch_normed(x, made, bias):
-    return F.batch_norm(x, torch.zeros(6), torch.ones(6), made, bias)
-
-
-def layer_normed(x, made, bias):
-    return F.layer_norm(x.movedim(1, -1), (6,), made, bias).movedim(-1, 1)
+        kernels = self.make(x.mean((2, 3))).view(-1, 6, C, 1, 1)
+        return torch.cat([F.conv2d(x[n : n + 1], kernels[n], self.bias) for n in range(len(x))])
 
 
 USES = {
@@ -232,6 +212,10 @@ USES = {
     "frames first": (
         lambda: FramesFirst(conv=nn.Conv2d(C, 6, 3), norm=nn.BatchNorm2d(6)),
         {"conv.weight": "fallback", "conv.bias": "fallback", "norm.weight": "fallback", "norm.bias": "fallback"},
+    ),
+    "a kernel of each sample": (
+        lambda: Computed(make=nn.Linear(C, 6 * C), bias=nn.Parameter(torch.randn(6))),
+        {"make.weight": "linear", "bias": "fallback"},
     ),
     "weight norm": (
         lambda: Shared(conv=parametrizations.weight_norm(nn.Conv2d(C, 6, 3, dilation=2))),
@@ -252,81 +236,9 @@ def test_unusual_uses_are_exact_and_reported(case):
         assert set(report.fallback) == {name for name, rule in report.rules.items() if rule == "fallback"}
 
 
-@pytest.mark.parametrize("use", [convolved, group_normed, batch_normed, layer_normed])
-def test_computed_weights_pass_their_gradient_on(use):
-    torch.manual_seed(0)
-    bias, channels = nn.Parameter(torch.randn(6)), C if use is convolved else 6
-    model = Computed(enter=nn.Conv2d(C, channels, 1), make=nn.Linear(channels, 6 * C if use is convolved else 6))
-    model.bias, model.use = bias, functools.partial(use, bias=bias)
-    report = assert_exact(model, [data(C, 7, 6)]).report
-    assert report.rules["make.weight"] == "linear"
-
-
 @pytest.mark.parametrize("shape", [(C, 5), (C,)])
 def test_batch_norm_with_the_statistics_of_the_batch_is_refused(shape):
     norm = nn.BatchNorm1d(C, track_running_stats=False)
     model = nn.Sequential(norm, nn.Flatten(), nn.Linear(C * shape[-1] if len(shape) > 1 else C, CLASSES))
     with pytest.raises(ValueError, match="batch norm"):
         estimate_fisher(model, [data(*shape)], progress=False)
-
-
-# one axis and three; positions fewer and more than rows of the weight, which decides how it is done
-SHAPES = [
-    ((9,), (3,), 6, 1),
-    ((6, 5), (3, 2), 6, 1),
-    ((3, 3), (2, 2), 20, 1),
-    ((5, 4, 3), (2, 2, 2), 8, 4),
-    ((7,), (2,), 8, 2),
-]
-
-
-@pytest.mark.parametrize("device", testing.devices())
-@pytest.mark.parametrize(
-    "add",
-    [
-        add_by_sample_,
-        functools.partial(add_by_sample_, elements=1),
-        add_unfolded_,
-        functools.partial(add_unfolded_, elements=1),
-    ],
-)
-@pytest.mark.parametrize("uses", [1, 2])
-@pytest.mark.parametrize(("size", "kernel", "rows", "groups"), SHAPES)
-def test_patches_add_up_to_squared_gradients(size, kernel, rows, groups, uses, add, device):
-    torch.manual_seed(0)
-    axes = len(size)
-    convolution = (F.conv1d, F.conv2d, F.conv3d)[axes - 1]
-    for frames in (1, 3):
-        weight = torch.randn(rows, 2, *kernel, device=device, dtype=torch.float64, requires_grad=True)
-        parts, losses = [], torch.zeros(N, device=device, dtype=torch.float64)
-        for use in range(uses):
-            window = Window((1 + use,) * axes, (use,) * axes, (1,) * axes, groups)
-            x = torch.randn(N * frames, 2 * groups, *size, device=device)
-            y = convolution(x.double(), weight, None, window.stride, window.padding, window.dilation, groups)
-            dy = torch.randn(y.shape, device=device)
-            losses = losses + (y * dy).view(N, -1).sum(1)
-            parts.append(Patches(N, dy, x, kernel, window))
-        grads = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses])
-        fisher = torch.ones(weight.shape, device=device)
-        add(fisher, parts)
-        torch.testing.assert_close(fisher.double(), 1 + grads.square().sum(0), rtol=1e-4, atol=1e-4)
-        own = sum(part.gradient(2) for part in parts)
-        torch.testing.assert_close(own.double(), grads[2], rtol=1e-4, atol=1e-4)
-        assert bool(parts[0].reaches().all())
-        parts[0].image[:frames] = 0
-        assert parts[0].reaches().tolist() == [False] + [True] * (N - 1)
-
-
-def test_no_per_sample_gradients_of_a_convolution_are_kept():
-    channels, samples = 48, 8
-    model = nn.Sequential(nn.Conv2d(channels, 64, 3, padding=1), nn.ReLU(), nn.Conv2d(64, 64, 3), nn.Flatten())
-    model.append(nn.Linear(64 * 4, CLASSES))
-    with Largest() as largest:
-        estimate_fisher(model, [data(channels, 4, 4, samples=samples)], progress=False)
-    assert largest.elements == model[2].weight.numel()
-    # few positions: unfolded, they are a linear layer's tokens
-    fisher, window = torch.zeros(64, 64, 3, 3), Window((1, 1), (0, 0), (1, 1), 1)
-    patches = Patches(samples, torch.randn(samples, 64, 2, 2), torch.randn(samples, 64, 4, 4), (3, 3), window)
-    with Largest() as largest:
-        add_unfolded_(fisher, [patches])
-    assert largest.elements == fisher.numel()

@@ -47,11 +47,11 @@ class _GroupNorm(torch.autograd.Function):
             x_hat = (x.view(*mean.shape, -1) - mean.unsqueeze(-1)).mul_(rstd.unsqueeze(-1)).view(x.shape)
             _emit(ctx, 0, x_hat.mul_(dy))
         _emit(ctx, 1, dy)
-        wanted = list(ctx.needs_input_grad[5:8])
-        grads: tuple[Tensor | None, ...] = (None,) * 3
-        if any(wanted):
-            grads = torch.ops.aten.native_group_norm_backward(dy, x, mean, rstd, weight, *ctx.sizes, wanted)
-        return (None,) * 5 + tuple(grads)
+        dx = None
+        if ctx.needs_input_grad[5]:
+            wanted = [True, False, False]
+            dx = torch.ops.aten.native_group_norm_backward(dy, x, mean, rstd, weight, *ctx.sizes, wanted)[0]
+        return None, None, None, None, None, dx, None, None
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -79,25 +79,20 @@ class _BatchNorm(torch.autograd.Function):
         x, weight, mean, var = ctx.saved_tensors
         channels = (-1, *[1] * (x.dim() - 2))
         rstd = (var + ctx.eps).rsqrt_()
-        x_needs, weight_needs, bias_needs = ctx.needs_input_grad[6:9]
-        dweight = None
-        if ctx.uses[0] is not None or weight_needs:
-            product = (x - mean.view(channels)).mul_(rstd.view(channels)).mul_(dy)
-            _emit(ctx, 0, product)
-            dweight = _over_all(product) if weight_needs else None
+        if ctx.uses[0] is not None:
+            _emit(ctx, 0, (x - mean.view(channels)).mul_(rstd.view(channels)).mul_(dy))
         _emit(ctx, 1, dy)
-        dx = (dy * (rstd if weight is None else rstd * weight).view(channels)).to(x.dtype) if x_needs else None
-        return None, None, None, None, None, None, dx, dweight, _over_all(dy) if bias_needs else None
+        dx = None
+        if ctx.needs_input_grad[6]:
+            scale = rstd if weight is None else rstd * weight
+            dx = (dy * scale.view(channels)).to(x.dtype)
+        return None, None, None, None, None, None, dx, None, None
 
 
 def _emit(ctx: Any, which: int, grad: Tensor) -> None:
     if ctx.uses[which] is not None:
         shape = (grad.shape[1], *[1] * (grad.dim() - 2))
         ctx.capture.emit(ctx.uses[which], per_sample(ctx.capture, grad, shape))
-
-
-def _over_all(grad: Tensor) -> Tensor:
-    return grad.transpose(0, 1).flatten(1).sum(1)
 
 
 def _claim(

@@ -50,7 +50,6 @@ class _Convolution(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.capture, ctx.uses, ctx.kind = capture, uses, kind
-        ctx.bias_shape = None if bias is None else list(bias.shape)
         return torch.convolution(x, weight, bias, *kind.arguments())
 
     @staticmethod
@@ -65,12 +64,11 @@ class _Convolution(torch.autograd.Function):
             capture.emit(weight_use, Patches(capture.samples, left, image, kernel, kind.window))
         if bias_use is not None:
             capture.emit(bias_use, per_sample(capture, dy, (dy.shape[1], *[1] * len(kernel))))
-        # a weight that is not captured, because it is computed, has its gradient passed on
-        wanted = list(ctx.needs_input_grad[4:7])
-        grads = (None,) * 3
-        if any(wanted):
-            grads = torch.ops.aten.convolution_backward(dy, x, weight, ctx.bias_shape, *kind.arguments(), wanted)
-        return (None,) * 4 + tuple(grads)
+        dx = None
+        if ctx.needs_input_grad[4]:
+            wanted = [True, False, False]
+            dx = torch.ops.aten.convolution_backward(dy, x, weight, None, *kind.arguments(), wanted)[0]
+        return None, None, None, None, dx, None, None
 
 
 def _capture_convolution(

@@ -44,9 +44,9 @@ class _LayerNorm(torch.autograd.Function):
         normalized = len(ctx.shape)
         if weight_use is not None:
             product = (x - mean).mul_(rstd).mul_(dy).flatten(-normalized)
-            capture.emit(weight_use, Vector(capture.by_sample(product).sum(1, dtype=torch.float32)))
+            capture.emit(weight_use, Vector(capture.by_sample(product, weight_use).sum(1, dtype=torch.float32)))
         if bias_use is not None:
-            rows = capture.by_sample(dy.flatten(-normalized))
+            rows = capture.by_sample(dy.flatten(-normalized), bias_use)
             capture.emit(bias_use, Vector(rows.sum(1, dtype=torch.float32)))
         # a weight that is not captured, because it is computed, has its gradient passed on
         wanted = list(ctx.needs_input_grad[5:8])
@@ -67,8 +67,8 @@ def _layer_norm(
     if input.dim() <= len(normalized_shape):
         return None
     uses = (
-        capture.claim(weight, input.shape, "norm", same_shape=True),
-        capture.claim(bias, input.shape, "bias", same_shape=True),
+        capture.claim(weight, input.shape, "norm", same_shape=True, anywhere=True),
+        capture.claim(bias, input.shape, "bias", same_shape=True, anywhere=True),
     )
     if uses == (None, None):
         return None
@@ -88,7 +88,7 @@ def _rms_norm(
 ) -> Tensor | None:
     if weight is None or input.dim() <= len(normalized_shape):
         return None
-    use = capture.claim(weight, input.shape, "norm", same_shape=True)
+    use = capture.claim(weight, input.shape, "norm", same_shape=True, anywhere=True)
     if use is None:
         return None
     x_hat = F.rms_norm(input, list(normalized_shape), None, eps)
