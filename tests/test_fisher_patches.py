@@ -15,7 +15,7 @@ from sparseft.fisher.patches import Patches, Window, add_by_sample_, add_unfolde
 
 N = 5
 
-# size, kernel, rows of the weight, groups of each use; rows fewer and more than positions, which decides how it is done
+# size, kernel, rows of the weight, groups of each use; rows fewer and more than positions, which decides the way
 SHAPES = [
     ((9,), (3,), 6, (1, 1)),
     ((6, 5), (3, 2), 6, (1, 1)),
