@@ -118,6 +118,38 @@ def test_every_parameter_is_exact(name, implementation, device):
         assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
 
 
+def test_experts_that_see_every_token_in_one_batched_product():
+    sizes = {"num_local_experts": 4, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "head_dim": 8}
+    inner = {"intermediate_size": 20, "intermediate_size_mlp": 20}
+    model = make(lambda: tf.Llama4ForCausalLM(tf.Llama4TextConfig(**_SIZES, **sizes, **inner)))
+    for batch in (ragged(), ragged(left=True)):
+        scores = estimate_fisher(model, slices(batch, 3), progress=False)
+        assert not scores.report.fallback, scores.report
+        assert {scores.report.rules[name] for name in expert_parameters(model)} == {"bmm"}
+        assert_same(scores, own_loss_loop(model, batch))
+
+
+class Product(nn.Module):
+    """Samples in the rows of each matrix, or in between them."""
+
+    def __init__(self, token_first):
+        super().__init__()
+        self.token_first = token_first
+        self.heads, self.out = nn.Parameter(torch.randn(2, WIDTH, 3)), nn.Linear(6, CLASSES)
+
+    def forward(self, x):
+        rows = (x.transpose(0, 1) if self.token_first else x).reshape(1, -1, WIDTH).expand(2, -1, -1)
+        y = torch.bmm(rows, self.heads).tanh().transpose(0, 1).flatten(1)
+        shape = (x.shape[1], x.shape[0], 6) if self.token_first else (*x.shape[:2], 6)
+        return self.out(y.view(shape).mean(0 if self.token_first else 1))
+
+
+def test_a_batched_product_is_captured_where_samples_lie_one_after_the_other():
+    torch.manual_seed(0)
+    assert assert_exact(Product(token_first=False), [data(), data(3, 1)]).rules["heads"] == "bmm"
+    assert "cannot tell" in assert_exact(Product(token_first=True), [data()]).fallback["heads"]
+
+
 def test_batch_size_and_padding_do_not_matter_and_experts_without_tokens_score_zero():
     model, batch = make(lambda: qwen(top_k=1)), ragged(samples=3)
     expected = own_loss_loop(model, batch)

@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import channel_norm, conv, elementwise, embedding, experts, gather, linear, norm
+from sparseft.fisher import bmm, channel_norm, conv, elementwise, embedding, experts, gather, linear, norm
 from sparseft.fisher.contribution import Contribution
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **linear.RULES,
     **conv.RULES,
     **experts.RULES,
+    **bmm.RULES,
     **embedding.RULES,
     **norm.RULES,
     **channel_norm.RULES,

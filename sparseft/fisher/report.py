@@ -22,9 +22,9 @@ class FisherReport:
         loss: the loss of one sample, in words; the unit of the scores is (this / parameter)^2.
         positions: where the samples used stand in the data.
         dropped: where the samples stand that had a non-finite loss or gradient; they count nowhere.
-        rules: parameter name -> the rules that served it: "linear", "conv", "experts", "embedding", "norm",
-            "bias", "elementwise", "fallback" (autograd, one sample at a time), or "unused" (the loss does not depend
-            on it).
+        rules: parameter name -> the rules that served it: "linear", "conv", "experts", "bmm", "embedding",
+            "norm", "bias", "elementwise", "fallback" (autograd, one sample at a time), or "unused" (the loss does not
+            depend on it).
         fallback: parameter name -> why no rule could serve it.
         aliases: name of a tied parameter -> its other names.
         settings: the options that the scores depend on.

@@ -17,6 +17,7 @@ _FORM: dict[str, type[Contribution]] = {
     "linear": Outer,
     "conv": Patches,
     "experts": Grouped,
+    "bmm": Grouped,
     "embedding": Lookup,
 }
 
