@@ -206,16 +206,16 @@ CASES = {
         {"pos.weight": "embedding", "scale": "elementwise"},
     ),
     "positions [1, T]": (lambda: PositionsOfOneRow(pos=nn.Embedding(T, H)), {"pos.weight": "embedding"}),
-    "row 0 of shared positions": (lambda: FirstRowOfShared(pos=nn.Embedding(T, H)), {"pos.weight": FELL}),
+    "row 0 of shared positions": (lambda: FirstRowOfShared(pos=nn.Embedding(T, H)), {"pos.weight": "embedding"}),
     "the first copy of an expanded parameter": (
         lambda: FirstCopy(row=parameter(H), lin=nn.Linear(H, H)),
         {"row": FELL, "lin.weight": FELL, "lin.bias": FELL},
     ),
     "time first": (
         lambda: TimeMajor(lin=nn.Linear(H, H), norm=nn.LayerNorm(H)),
-        {"lin.weight": FELL, "lin.bias": FELL, "norm.weight": FELL},
+        {"lin.weight": LINEAR, "lin.bias": "bias", "norm.weight": "norm"},
     ),
-    "time first, flat": (lambda: TimeMajorFlat(lin=nn.Linear(H, H)), {"lin.weight": FELL, "lin.bias": FELL}),
+    "time first, flat": (lambda: TimeMajorFlat(lin=nn.Linear(H, H)), {"lin.weight": LINEAR, "lin.bias": "bias"}),
     "flat": (
         lambda: Flat(lin=nn.Linear(H, H), norm=nn.LayerNorm(H, bias=False), scale=parameter(H)),
         {"lin.weight": LINEAR, "norm.weight": "norm", "scale": "elementwise"},
@@ -224,11 +224,11 @@ CASES = {
     "matmul": (lambda: RawMatmul(matrix=parameter(H, H)), {"matrix": FELL}),
     "a parameter as data": (
         lambda: ParameterAsData(lin=nn.Linear(H, H), table=parameter(7, H)),
-        {"lin.weight": FELL, "lin.bias": FELL, "table": FELL},
+        {"lin.weight": LINEAR, "lin.bias": "bias", "table": "data"},
     ),
     "a product of parameters": (
         lambda: OfParametersOnly(scale=parameter(H), other=parameter(H)),
-        {"scale": FELL, "other": FELL},
+        {"scale": "data", "other": "data"},
     ),
     "convolution": (lambda: Convolution(conv=nn.Conv1d(H, H, 3, padding=1)), {"conv.weight": "conv"}),
     "a hidden use": (lambda: HiddenUse(lin=nn.Linear(H, H)), {"lin.weight": FELL, "lin.bias": "bias"}),
@@ -252,7 +252,7 @@ CASES = {
     "tokens gathered": (lambda: GathersAcrossSamples(lin=nn.Linear(H, H)), {"lin.weight": FELL}),
     "multi-head attention": (
         lambda: MultiHead(attention=nn.MultiheadAttention(H, 2, batch_first=True)),
-        {"attention.in_proj_weight": FELL, "attention.out_proj.weight": FELL},
+        {"attention.in_proj_weight": LINEAR, "attention.in_proj_bias": "bias", "attention.out_proj.weight": LINEAR},
     ),
     "without grad": (lambda: WithoutGrad(lin=nn.Linear(H, H)), {"lin.weight": "unused", "lin.bias": "unused"}),
     "zero-initialised adapter": (zero_init, {"down.weight": LINEAR, "up.weight": LINEAR}),

@@ -8,19 +8,33 @@ completeness (`escaped`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum, auto
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from sparseft.fisher import bmm, channel_norm, conv, elementwise, embedding, experts, gather, linear, norm
+from sparseft.fisher import (
+    bmm,
+    channel_norm,
+    composite,
+    conv,
+    elementwise,
+    embedding,
+    experts,
+    gather,
+    linear,
+    norm,
+)
+from sparseft.fisher import layout as layouts
 from sparseft.fisher.contribution import Contribution
+from sparseft.fisher.layout import Layout, Rows
+from sparseft.fisher.shared import FanOut, Origin, Shared, Source, mark, marks, outlets
 
-RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **linear.RULES,
     **conv.RULES,
     **experts.RULES,
@@ -28,16 +42,11 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **embedding.RULES,
     **norm.RULES,
     **channel_norm.RULES,
+    **composite.RULES,
     **elementwise.RULES,
 }
-
-
-class Layout(Enum):
-    """How the samples of a batch lie in the leading dimension of an operation."""
-
-    BATCH = auto()  # [N, ...]
-    FLAT = auto()  # [N * r, ...], sample after sample
-    SHARED = auto()  # no batch dimension: the same ids for every sample, to be expanded to [N, ...]
+_LAYERS = (F.linear, F.layer_norm, F.rms_norm)  # their data is the first argument
+AS_DATA = -1  # the occurrence of uses of a parameter as data
 
 
 @dataclass(eq=False)
@@ -47,15 +56,35 @@ class Use:
     name: str
     occurrence: int
     rule: str
-    shared: bool
+    layout: Layout
+    anywhere: bool  # its rule can follow any layout
+    rows: Rows | None = None  # of the parameter, if the use takes only these
     ids: Tensor | None = None  # [N, L], of an embedding
+
+    @property
+    def names(self) -> frozenset[str]:
+        """Return the name, as a set."""
+        return frozenset([self.name])
+
+
+@dataclass(frozen=True)
+class _Known:
+    name: str
+    tensor: Tensor
+    rows: Rows | None = None
 
 
 class Policy(Protocol):
     """Decides which uses are captured."""
 
-    def layout(self, name: str, occurrence: int, rows: int, shareable: bool) -> Layout | None:
-        """Return how the batch lies in a use with `rows` leading entries, None to leave the operation alone."""
+    def layout(self, name: str, occurrence: int, sizes: tuple[int, ...], source: Source) -> Layout | None:
+        """Return how the batch lies in a use with these two leading sizes, None to leave the operation alone."""
+
+    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
+        """Return how the batch lies where a shared tensor is copied so often along its first two axes.
+
+        with_batch: the operation sees the batch. None: the copies are not one a sample.
+        """
 
 
 class Capture(TorchFunctionMode):
@@ -76,10 +105,14 @@ class Capture(TorchFunctionMode):
         self.emit: Callable[[Use, Contribution], None] = lambda use, contribution: None
         # every captured operation depends on it, so that backward reaches those whose inputs need no gradient
         self.anchor = torch.zeros((), requires_grad=True)
-        self._policy = policy
+        self.policy = policy
+        self.shared = Shared(self)
         self._parameters = parameters
-        self._known: dict[int, tuple[str, Tensor]] = {id(p): (name, p) for name, p in parameters.items()}
+        self._known = {id(p): _Known(name, p) for name, p in parameters.items()}
         self._occurrences: dict[str, int] = {}
+        self._origin = Origin(Source.DATA, frozenset())
+        self._claimed: list[Use] = []
+        self._entered = 0
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -87,23 +120,51 @@ class Capture(TorchFunctionMode):
         kwargs = kwargs or {}
         if func in gather.WATCHED:
             gather.WATCHED[func](self, *args, **kwargs)
-        rule = RULES.get(func)
         # without grad mode nothing is recorded for backward, in an ordinary pass as little as here
-        if rule is not None and torch.is_grad_enabled():
-            result = rule(self, *args, **kwargs)
-            if result is not None:
-                return result
-        return func(*args, **kwargs)
+        if not torch.is_grad_enabled():
+            return func(*args, **kwargs)
+        if func in composite.BODIES:
+            with self:
+                return composite.BODIES[func](*args, **kwargs)
+        self._claimed = []
+        if func in _LAYERS and args and self.knows(args[0]):
+            args = (self.shared.data(args[0]), *args[1:])
+        self._origin, self._claimed = self.shared.origin(args, kwargs), []
+        rule = RULES.get(func)
+        result = None if rule is None else rule(self, *args, **kwargs)
+        if result is None:
+            return self.shared.apply(func, args, kwargs, self._origin)
+        alone = [use.name for use in self._claimed if use.layout is Layout.ALONE]
+        return self.shared.add(result, self._origin.names.union(alone)) if alone else result
+
+    def __enter__(self) -> Capture:
+        self._entered += 1
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)  # type: ignore[no-untyped-call]
+        self._entered -= 1
+        if not self._entered:
+            self.shared.close()
 
     def knows(self, tensor: Any) -> bool:
         """Return whether a tensor is a scored parameter or holds the entries of one."""
         return id(tensor) in self._known
 
-    def alias(self, source: Tensor, result: Tensor) -> Tensor:
-        """Note that `result` holds the entries of a known tensor, up to a constant, a dtype or a shape; return it."""
+    def alias(self, source: Tensor, result: Tensor, rows: Rows | None = None) -> Tensor:
+        """Note that `result` holds the entries of a known tensor, up to a constant, a dtype or a shape; return it.
+
+        rows: it holds only these rows of the parameter.
+        """
         if result.requires_grad:
-            self._known[id(result)] = (self._known[id(source)][0], result)
+            known = self._known[id(source)]
+            self._known[id(result)] = _Known(known.name, result, rows or known.rows)
         return result
+
+    def rows(self, tensor: Tensor) -> Rows | None:
+        """Return which rows of its parameter a known tensor holds, None for all."""
+        return self._known[id(tensor)].rows
 
     def claim(
         self,
@@ -112,39 +173,65 @@ class Capture(TorchFunctionMode):
         rule: str,
         *,
         same_shape: bool = False,
-        shareable: bool = False,
+        anywhere: bool = False,
     ) -> Use | None:
         """Return the use to feed if this use of the tensor is to be captured, None if it must be left alone.
 
-        result: shape of the operation's result; same_shape: refuse a tensor that is a reshaped parameter; shareable:
-        the data may have no batch dimension and be expanded to one.
+        result: shape of the operation's result, or of its data; same_shape: refuse a tensor that is a reshaped
+        parameter; anywhere: the rule finds the samples by `split`, so they need not lie one after the other.
         """
         if tensor is None or id(tensor) not in self._known:
             return None
-        name = self._known[id(tensor)][0]
-        if same_shape and tensor.shape != self._parameters[name].shape:
+        known = self._known[id(tensor)]
+        own = self._parameters[known.name].shape
+        if same_shape and tensor.shape != (own if known.rows is None else (tensor.shape[0], *own[1:])):
             return None
-        occurrence = self._occurrences.get(name, 0)
-        self._occurrences[name] = occurrence + 1
-        layout = self._policy.layout(name, occurrence, result[0], shareable)
-        if layout is None or (self.rows_chosen and len(result) == 2):
+        occurrence = self._occurrences.get(known.name, 0)
+        self._occurrences[known.name] = occurrence + 1
+        layout = self.policy.layout(known.name, occurrence, tuple(result[:2]), self._origin.source)
+        if layout is None or not (anywhere or layout in (Layout.BATCH, Layout.FLAT)):
             return None
-        use = Use(name, occurrence, rule, layout is Layout.SHARED)
+        if self.rows_chosen and len(result) == 2 and layout is not Layout.ALONE:
+            return None
+        return self._use(Use(known.name, occurrence, rule, layout, anywhere, known.rows))
+
+    def claim_data(self, tensor: Tensor) -> Use | None:
+        """Return the use to feed if a known tensor is itself the data of an operation, None to leave it alone."""
+        known = self._known[id(tensor)]
+        layout = self.policy.layout(known.name, AS_DATA, (), Source.PARAMETERS)
+        return None if layout is None else self._use(Use(known.name, AS_DATA, "data", layout, True, known.rows))
+
+    def _use(self, use: Use) -> Use:
         self.uses.append(use)
+        self._claimed.append(use)
         return use
 
     def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
         """Apply a captured operation."""
         result: Tensor = function.apply(self, self.anchor, *args)
+        mark(result, [use.name for use in self._claimed if use.layout is Layout.ALONE])
         return result
 
     def sealed(self, tensor: Tensor, use: Use | None) -> Tensor:
         """Return the tensor as a captured operation may see it: without an edge to its parameter if it is captured."""
         return tensor if use is None else tensor.detach()
 
-    def by_sample(self, tensor: Tensor) -> Tensor:
-        """Return a tensor [N, ..., H] or [N * r, ..., H] as [N, T, H]."""
-        return tensor.reshape(self.samples, -1, tensor.shape[-1])
+    def split(self, tensor: Tensor, use: Use | None = None) -> Tensor:
+        """Return a tensor that lies as the data of a use does as [N, r, ...]; [1, r, ...] if all samples share it.
+
+        Without a use, samples are taken to lie one after the other; where they do not, the probe finds that out.
+        """
+        return layouts.by_sample(tensor, Layout.FLAT if use is None else use.layout, self.samples)
+
+    def by_sample(self, tensor: Tensor, use: Use | None = None) -> Tensor:
+        """Return a tensor [..., H] that lies as the data of a use does as [N, T, H]."""
+        rows = self.split(tensor, use)
+        return rows.reshape(len(rows), -1, tensor.shape[-1])
+
+    def backward(self, outputs: Tensor, cotangent: Tensor, retain_graph: bool = False) -> None:
+        """Emit what all captured uses contribute when outputs are pulled back: the batch's first, then the shared."""
+        torch.autograd.grad(outputs, [self.anchor], cotangent, retain_graph=retain_graph, allow_unused=True)
+        self.shared.pull_back()
 
     def autocast_dtype(self, x: Tensor) -> torch.dtype:
         """Return the dtype in which autocast would multiply x; its own, where autocast is off."""
@@ -155,15 +242,26 @@ class Capture(TorchFunctionMode):
     def escaped(self, outputs: Tensor) -> dict[str, str]:
         """Return the parameters that some operation uses uncaptured, name -> reason."""
         found: dict[str, str] = {}
-        stack, seen = [outputs.grad_fn], {outputs.grad_fn}
-        while stack:
-            node = stack.pop()
-            for child, _ in node.next_functions if node is not None else ():
-                if child is None or child in seen:
-                    continue
+        shared: list[Any] = []
+        for node, child in _edges([outputs.grad_fn]):
+            for name in marks(child):
+                found[name] = f"what is computed from it alone meets the batch in {node.name()}"
+            shared += outlets(child)
+        for node, child in _edges([outputs.grad_fn, *shared]):
+            known = self._known.get(id(getattr(child, "variable", None)))
+            if known is not None:
+                found[known.name] = f"no rule captures its use in {node.name()}"
+        return found
+
+
+def _edges(roots: Sequence[Any]) -> Iterator[tuple[Any, Any]]:
+    """Yield (node, child) of the autograd graph below some nodes, each child once."""
+    stack = [root for root in roots if root is not None]
+    seen = set(stack)
+    while stack:
+        node = stack.pop()
+        for child, _ in node.next_functions:
+            if child is not None and child not in seen:
                 seen.add(child)
                 stack.append(child)
-                name, _ = self._known.get(id(getattr(child, "variable", None)), ("", None))
-                if name and node is not None:
-                    found[name] = f"no rule captures its use in {node.name()}"
-        return found
+                yield node, child

@@ -210,7 +210,15 @@ class _Columns:
 
     def columns_of(self, use: Use, part: Contribution) -> Tensor:
         """Return what a use contributes, fp32 [n, k]."""
-        return part.at(self._indices[use.name]).to(self._device)
+        indices = self._indices[use.name]
+        if use.rows is None:
+            return part.at(indices).to(self._device)
+        start, stop = use.rows.start * use.rows.width, use.rows.stop * use.rows.width
+        own = (indices >= start) & (indices < stop)
+        values = part.at(indices[own] - start).to(self._device)
+        found = values.new_zeros(len(values), len(indices))
+        found[:, own.to(self._device)] = values
+        return found
 
 
 class _Receiver:

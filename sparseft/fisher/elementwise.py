@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
 
 
-def per_sample(capture: Capture, grad: Tensor, shape: tuple[int, ...]) -> Vector:
-    """Sum a gradient at a result [N * r, ...] over what a parameter of this shape was broadcast along, per sample."""
-    rows = grad.reshape(capture.samples, -1, *grad.shape[1:])
-    aligned = (1,) * (grad.dim() - len(shape)) + shape
-    summed = [1, *(axis + 1 for axis in range(1, grad.dim()) if aligned[axis] == 1)]
-    return Vector(rows.sum(summed, dtype=torch.float32).reshape(capture.samples, -1))
+def per_sample(capture: Capture, grad: Tensor, shape: tuple[int, ...], use: Use | None = None) -> Vector:
+    """Sum a gradient at a result over what a parameter of this shape was broadcast along, per sample."""
+    rows = capture.split(grad, use)  # [N, r, ...]
+    aligned = (1,) * (rows.dim() - len(shape)) + shape
+    summed = [axis for axis in range(1, rows.dim()) if aligned[axis] == 1]
+    return Vector(rows.sum(summed, dtype=torch.float32).reshape(len(rows), -1))
 
 
 class _Product(torch.autograd.Function):
@@ -37,7 +37,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, Tensor | None, None]:
         x, param = ctx.saved_tensors
-        ctx.capture.emit(ctx.use, per_sample(ctx.capture, dy * x, tuple(param.shape)))
+        ctx.capture.emit(ctx.use, per_sample(ctx.capture, dy * x, tuple(param.shape), ctx.use))
         dx = (dy * param).sum_to_size(x.shape).to(x.dtype) if ctx.needs_input_grad[3] else None
         return None, None, None, dx, None
 
@@ -53,7 +53,7 @@ class _Sum(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, Tensor | None, None]:
-        vector = per_sample(ctx.capture, dy, ctx.shape)
+        vector = per_sample(ctx.capture, dy, ctx.shape, ctx.use)
         ctx.capture.emit(ctx.use, Vector(vector.grad * ctx.sign))
         shape, dtype = ctx.x_like
         dx = dy.sum_to_size(shape).to(dtype) if ctx.needs_input_grad[4] else None
@@ -70,7 +70,7 @@ class _Repeat(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
-        ctx.capture.emit(ctx.use, per_sample(ctx.capture, dy, ctx.shape))
+        ctx.capture.emit(ctx.use, per_sample(ctx.capture, dy, ctx.shape, ctx.use))
         return (None,) * 5
 
 
@@ -90,7 +90,7 @@ def _operands(capture: Capture, a: Any, b: Any) -> tuple[Tensor, Tensor, Use, bo
     result = torch.broadcast_shapes(x.shape, param.shape)
     if len(param.shape) == len(result) and param.shape[0] != 1:
         return None
-    use = capture.claim(param, result, "elementwise")
+    use = capture.claim(param, result, "elementwise", anywhere=True)
     return None if use is None else (x, param, use, first)
 
 
@@ -128,7 +128,7 @@ def _expand(capture: Capture, param: Tensor, *sizes: Any, **options: Any) -> Ten
     result = torch.Size(param.shape[i - kept] if size == -1 else size for i, size in enumerate(result))
     if len(result) == param.dim() and param.shape[0] != 1:
         return None
-    use = capture.claim(param, result, "elementwise")
+    use = capture.claim(param, result, "elementwise", anywhere=True)
     if use is None:
         return None
     capture.repeated = True

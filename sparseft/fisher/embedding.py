@@ -34,7 +34,7 @@ class _Embedding(torch.autograd.Function):
         capture: Capture = ctx.capture
         if ctx.padding is not None:
             dy = dy.masked_fill((ids == ctx.padding).unsqueeze(-1), 0)
-        capture.emit(ctx.use, Lookup(ids.reshape(capture.samples, -1), capture.by_sample(dy)))
+        capture.emit(ctx.use, Lookup(capture.split(ids, ctx.use).flatten(1), capture.by_sample(dy, ctx.use)))
         return (None,) * 6
 
 
@@ -50,9 +50,7 @@ def _embedding(
 ) -> Tensor | None:
     if ids.dim() == 0:
         return None
-    # positions [T] or [1, T] are the same for every sample
-    shareable = ids.dim() == 1 or ids.shape[0] == 1
-    use = capture.claim(weight, (*ids.shape, 0), "embedding", same_shape=True, shareable=shareable)
+    use = capture.claim(weight, (*ids.shape, 0), "embedding", same_shape=True, anywhere=True)
     if use is None:
         return None
     if max_norm is not None or scale_grad_by_freq:
@@ -61,11 +59,9 @@ def _embedding(
             f"embedding {use.name!r} must not use {option}: its gradient is then not that of the loss of one sample; "
             "switch it off, or leave the parameter out with `names`"
         )
-    if use.shared:
-        ids = ids.expand(capture.samples, *(ids.shape if ids.dim() == 1 else ids.shape[1:]))
     if padding_idx is not None and padding_idx < 0:
         padding_idx += weight.shape[0]
-    use.ids = ids.reshape(capture.samples, -1)
+    use.ids = capture.split(ids, use).flatten(1).expand(capture.samples, -1)
     return capture.run(_Embedding, use, padding_idx, ids, capture.sealed(weight, use))
 
 

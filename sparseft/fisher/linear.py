@@ -42,27 +42,33 @@ class _Linear(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, None, None, None, Tensor | None, None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         capture: Capture = ctx.capture
         weight_use, bias_use = ctx.uses
-        x_rows, dy_rows = capture.by_sample(x), capture.by_sample(dy)  # [N, T, I], [N, T, O]
         if weight_use is not None:
+            x_rows, dy_rows = capture.by_sample(x, weight_use), capture.by_sample(dy, weight_use)
             capture.emit(weight_use, Outer(x_rows, dy_rows) if ctx.conv1d else Outer(dy_rows, x_rows))
         if bias_use is not None:
-            capture.emit(bias_use, Vector(dy_rows.sum(1, dtype=torch.float32)))
-        dx = None
+            capture.emit(bias_use, Vector(capture.by_sample(dy, bias_use).sum(1, dtype=torch.float32)))
+        dx = dweight = dbias = None
         if ctx.needs_input_grad[4]:
             dx = dy @ (weight.T if ctx.conv1d else weight)
-        return None, None, None, None, dx, None, None
+        # what is not captured, because it is computed, has its gradient passed on
+        if ctx.needs_input_grad[5]:
+            x_flat, dy_flat = x.flatten(0, -2), dy.flatten(0, -2)
+            dweight = x_flat.T @ dy_flat if ctx.conv1d else dy_flat.T @ x_flat
+        if ctx.needs_input_grad[6]:
+            dbias = dy.flatten(0, -2).sum(0)
+        return None, None, None, None, dx, dweight, dbias
 
 
 def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, conv1d: bool) -> Tensor | None:
     if x.dim() < 2 or weight.dim() != 2:
         return None
     uses = (
-        capture.claim(weight, x.shape, "linear", same_shape=True),
-        capture.claim(bias, x.shape, "bias", same_shape=True),
+        capture.claim(weight, x.shape, "linear", same_shape=True, anywhere=True),
+        capture.claim(bias, x.shape, "bias", same_shape=True, anywhere=True),
     )
     if uses == (None, None):
         return None

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
 from sparseft.fisher.batches import Batch, take, to_device
@@ -92,13 +91,7 @@ class OnePass:
             capture.emit = receiver
             while pullback.cotangents:
                 cotangent = pullback.cotangents.pop(0)
-                torch.autograd.grad(
-                    pullback.outputs,
-                    [capture.anchor],
-                    cotangent,
-                    retain_graph=bool(pullback.cotangents),
-                    allow_unused=True,
-                )
+                capture.backward(pullback.outputs, cotangent, retain_graph=bool(pullback.cotangents))
                 receiver.finish()
         if escaped:
             rest = {name: self._parameters[name] for name in escaped}

@@ -1,9 +1,9 @@
 """Probing: two small runs decide, before anything is counted, which uses of which parameters can be captured.
 
 Two batch sizes show where the batch dimension is: the leading size of a use must grow with it. Then the loss of one
-sample alone is backpropagated: its gradient must reach the rows of that sample only, in every captured use. A layout
-in which samples alternate, a table shared by the batch, tokens gathered across samples: all fail one of the two and
-go to the fallback.
+sample alone is backpropagated: its gradient must reach the rows of that sample only, in every captured use and in
+every copy of what all samples share. Samples in another order, tokens gathered across samples: what fails one of the
+two goes to the fallback.
 """
 
 from __future__ import annotations
@@ -15,24 +15,30 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.fisher.batches import Batch, take
-from sparseft.fisher.capture import Capture, Layout, Use
-from sparseft.fisher.contribution import Contribution, Outer
+from sparseft.fisher.capture import Capture, Use
+from sparseft.fisher.contribution import Contribution, Outer, Vector
 from sparseft.fisher.coupling import check_uncoupled, coupled
+from sparseft.fisher.layout import Layout, fits
 from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.patches import Patches
+from sparseft.fisher.shared import FanOut, Source
 from sparseft.fisher.tally import mixed
 
 # as few as can show it: the probe is overhead, of about an eighth of a pass over 16 samples
 _SMALL, _LARGE = 1, 2
-# shape errors of a model that cannot take per-sample positions where it expects shared ones
+# shape errors of a model that cannot run on so few samples
 _MISFIT = (RuntimeError, ValueError, IndexError, TypeError)
 
 
 @dataclass
 class Plan:
-    """Which uses are captured, (name, occurrence) -> layout, and which parameters are not, name -> reason."""
+    """Which uses are captured, (name, occurrence) -> layout, and which parameters are not, name -> reason.
+
+    fan_outs: where tensors shared by all samples meet the batch, `FanOut.key` -> layout.
+    """
 
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    fan_outs: dict[tuple[str, int], Layout] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
 
     def for_samples(self, samples: int) -> _Proven:
@@ -45,25 +51,29 @@ class _Proven:
     plan: Plan
     samples: int
 
-    def layout(self, name: str, occurrence: int, rows: int, shareable: bool) -> Layout | None:
+    def layout(self, name: str, occurrence: int, sizes: tuple[int, ...], source: Source) -> Layout | None:
         layout = self.plan.layouts.get((name, occurrence))
-        fits = {
-            None: False,
-            Layout.BATCH: rows == self.samples,
-            Layout.FLAT: rows % self.samples == 0,
-            Layout.SHARED: shareable,
-        }[layout]
-        return layout if fits and name not in self.plan.fallback else None
+        alone = layout is Layout.ALONE
+        if name in self.plan.fallback or source is (Source.BATCH if alone else Source.PARAMETERS):
+            return None
+        return layout if fits(layout, sizes, self.samples) else None
+
+    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
+        layout = self.plan.fan_outs.get(place.key)
+        return layout if fits(layout, sizes, self.samples) else None
 
 
 @dataclass
 class _Observe:
     """Captures nothing; notes the leading sizes."""
 
-    rows: dict[tuple[str, int], int] = field(default_factory=dict)
+    sizes: dict[tuple[str, int], tuple[int, ...]] = field(default_factory=dict)
 
-    def layout(self, name: str, occurrence: int, rows: int, shareable: bool) -> Layout | None:
-        self.rows[name, occurrence] = rows
+    def layout(self, name: str, occurrence: int, sizes: tuple[int, ...], source: Source) -> Layout | None:
+        self.sizes[name, occurrence] = sizes
+        return None
+
+    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
         return None
 
 
@@ -71,28 +81,36 @@ class _Observe:
 class _Candidates:
     """Captures what may be captured, and notes how many samples' gradients must prove it."""
 
-    before: dict[tuple[str, int], int]
-    sharing: bool
-    layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    before: dict[tuple[str, int], tuple[int, ...]]
     proofs: dict[tuple[str, int], int] = field(default_factory=dict)
 
-    def layout(self, name: str, occurrence: int, rows: int, shareable: bool) -> Layout | None:
+    def layout(self, name: str, occurrence: int, sizes: tuple[int, ...], source: Source) -> Layout | None:
         key = (name, occurrence)
-        before = self.before.get(key, 0)
-        layout, proofs = (Layout.BATCH if rows == _LARGE else Layout.FLAT), 1
-        if rows * _SMALL == before * _LARGE:
-            # a leading size that is the batch size at two batch sizes needs no more: a zero-initialised adapter passes
-            proofs = 0 if rows == _LARGE else 1
-        elif before == rows and shareable and self.sharing:
-            # expanded ids may be taken for the first sample's, or the last's, further on: only all gradients tell
-            layout, proofs = Layout.SHARED, _LARGE
-        elif self.sharing and rows % _LARGE == 0:
-            # it may follow from shared ids that are expanded now and were not in the small run
-            proofs = _LARGE
-        else:
+        # what is computed from parameters alone is proven where it meets the batch
+        layout = Layout.ALONE if source is Source.PARAMETERS else self._growing(self.before.get(key), sizes)
+        if layout is Layout.ALONE and source is Source.BATCH:
             return None
-        self.layouts[key], self.proofs[key] = layout, proofs
+        if layout is not None:
+            # a leading size that is the batch size at two batch sizes needs no more: a zero-initialised adapter passes
+            self.proofs[key] = 0 if layout in (Layout.ALONE, Layout.BATCH) else 1
         return layout
+
+    @staticmethod
+    def _growing(before: tuple[int, ...] | None, sizes: tuple[int, ...]) -> Layout | None:
+        if before is None or len(before) != len(sizes):
+            return None
+        grows = [now * _SMALL == then * _LARGE for then, now in zip(before, sizes, strict=True)]
+        if grows[0]:
+            return Layout.BATCH if sizes[0] == _LARGE else Layout.FLAT
+        if before == sizes:
+            return Layout.ALONE
+        if len(sizes) > 1 and before[0] == sizes[0] and grows[1] and sizes[1] == _LARGE:
+            return Layout.SECOND
+        return None
+
+    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
+        possible = [Layout.BATCH, Layout.SECOND, *([Layout.FLAT] if with_batch else [])]
+        return next((layout for layout in possible if fits(layout, sizes, _LARGE)), None)
 
 
 class _Untelling(Exception):
@@ -134,28 +152,26 @@ class _Probing:
         large = [chosen[i % len(chosen)] for i in range(_LARGE)]
         observed = _Observe()
         alone = self._run(small, Capture(self.parameters, observed, _SMALL), strict).detach()[0]
-        for sharing in (True, False):
-            candidates = _Candidates(observed.rows, sharing)
-            capture = Capture(self.parameters, candidates, _LARGE)
-            try:
-                outputs = self._run(large, capture, strict)
-            except _MISFIT as error:
-                if sharing:
-                    continue
-                raise ValueError(
-                    f"the model must run on a batch of {_LARGE} samples, which shows where the samples lie, but it "
-                    f"failed: {error}; for a transformers model, setting config.pad_token_id is the usual remedy"
-                ) from error
-            plan, eps = _isolate(capture, candidates, outputs)
-            together = outputs.detach()[-1]
-            # rounding differs with the batch size; a gradient to other samples' rows was looked for, at any size
-            tolerance = max(0.01, eps**0.5)
-            if torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
-                if plan.fallback:
-                    rest = {name: self.parameters[name] for name in plan.fallback}
-                    check_uncoupled(self.model, self.objective, self.batch, self.positions, large, rest, eps)
-                return plan
-        raise coupled(f"its value changed from {alone.tolist()} to {together.tolist()}")
+        candidates = _Candidates(observed.sizes)
+        capture = Capture(self.parameters, candidates, _LARGE)
+        try:
+            outputs = self._run(large, capture, strict)
+        except _MISFIT as error:
+            raise ValueError(
+                f"the model must run on a batch of {_LARGE} samples, which shows where the samples lie, but it "
+                f"failed: {error}; for a transformers model, setting config.pad_token_id is the usual remedy"
+            ) from error
+        isolation = _Isolation(capture, candidates.proofs)
+        plan = isolation.plan(outputs)
+        together = outputs.detach()[-1]
+        # rounding differs with the batch size; a gradient to other samples' rows was looked for, at any size
+        tolerance = max(0.01, isolation.eps**0.5)
+        if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+            raise coupled(f"its value changed from {alone.tolist()} to {together.tolist()}")
+        if plan.fallback:
+            rest = {name: self.parameters[name] for name in plan.fallback}
+            check_uncoupled(self.model, self.objective, self.batch, self.positions, large, rest, isolation.eps)
+        return plan
 
     def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
         with capture:
@@ -172,34 +188,76 @@ def _telling(pullback: Pullback) -> Tensor:
     return pullback.finite() & pullback.outputs.reshape(len(pullback.outputs), -1).ne(0).any(1)
 
 
-def _isolate(capture: Capture, candidates: _Candidates, outputs: Tensor) -> tuple[Plan, float]:
-    """Backpropagate single samples; return what stayed in its own sample, and the coarsest precision met."""
-    reached: dict[Use, set[int]] = {use: set() for use in capture.uses}
-    refused: dict[str, str] = {}
-    eps = torch.finfo(outputs.dtype).eps
-    sample = 0
+class _Isolation:
+    """Backpropagates single samples: what is captured must keep each in its own rows.
 
-    def emit(use: Use, part: Contribution) -> None:
-        nonlocal eps
+    Attributes:
+        eps: of the coarsest precision met.
+    """
+
+    def __init__(self, capture: Capture, proofs: dict[tuple[str, int], int]) -> None:
+        self.eps = 0.0
+        self._capture = capture
+        self._sample = 0
+        self._reached: dict[Use | FanOut, set[int]] = {}
+        self._strayed: set[Use | FanOut] = set()
+        # a copy may be taken for the first sample's, or the last's, further on: only all gradients tell
+        self._needed: dict[Use | FanOut, int] = dict.fromkeys(capture.shared.fan_outs, _LARGE)
+        for use in capture.uses:
+            if use.layout is not Layout.ALONE:
+                self._needed[use] = proofs[use.name, use.occurrence]
+        capture.emit = self._note
+        capture.shared.witness = lambda fan_out, grads: self._note(fan_out, Vector(grads.flatten(1)))
+
+    def plan(self, outputs: Tensor) -> Plan:
+        """Return what is proven by the gradients of these outputs."""
+        self.eps = torch.finfo(outputs.dtype).eps
+        self._backpropagate(outputs)
+        if self._strayed:
+            # the same size fits a batch whose samples alternate
+            again = [use for use in self._strayed if use.layout is Layout.FLAT and use.anywhere]
+            for use in again:
+                use.layout = Layout.INTERLEAVED
+            if again:
+                self._backpropagate(outputs)
+        capture, refused = self._capture, self._refused()
+        plan = Plan(fallback={**capture.escaped(outputs), **mixed(capture.uses), **refused})
+        plan.layouts = {(use.name, use.occurrence): use.layout for use in capture.uses}
+        plan.fan_outs = {fan_out.key: fan_out.layout for fan_out in capture.shared.fan_outs}
+        return plan
+
+    def _backpropagate(self, outputs: Tensor) -> None:
+        self._strayed.clear()
+        self._reached = {use: set() for use in self._needed}
+        for self._sample in range(_LARGE if outputs.requires_grad else 0):
+            single = torch.zeros_like(outputs)
+            single[self._sample] = 1
+            torch.autograd.grad(outputs, [self._capture.anchor], single, retain_graph=True, allow_unused=True)
+            self._capture.shared.forget()
+            if not self._unproven() and not self._capture.repeated:
+                break
+
+    def _note(self, use: Use | FanOut, part: Contribution) -> None:
+        if use not in self._needed:
+            return  # shared, and in the way of the batch's own gradient: it escaped
         if isinstance(part, (Outer, Patches)):
-            eps = max(eps, torch.finfo(part.left.dtype).eps)
+            self.eps = max(self.eps, torch.finfo(part.left.dtype).eps)
         reaches = part.reaches().tolist()
-        if reaches[sample]:
-            reached[use].add(sample)
-        if sum(reaches) > reaches[sample]:
-            refused[use.name] = f"its {use.rule} rule cannot tell the samples apart"
+        if reaches[self._sample]:
+            self._reached[use].add(self._sample)
+        if sum(reaches) > reaches[self._sample]:
+            self._strayed.add(use)
 
-    capture.emit = emit
+    def _unproven(self) -> list[Use | FanOut]:
+        return [use for use, needed in self._needed.items() if len(self._reached[use]) < needed]
 
-    def unproven() -> list[Use]:
-        return [use for use in capture.uses if len(reached[use]) < candidates.proofs[use.name, use.occurrence]]
-
-    for sample in range(_LARGE if outputs.requires_grad else 0):
-        single = torch.zeros_like(outputs)
-        single[sample] = 1
-        torch.autograd.grad(outputs, [capture.anchor], single, retain_graph=True, allow_unused=True)
-        if not unproven() and not capture.repeated:
-            break
-    for use in unproven():
-        refused.setdefault(use.name, "no gradient reached it to show where the samples lie")
-    return Plan(candidates.layouts, {**capture.escaped(outputs), **mixed(capture.uses), **refused}), eps
+    def _refused(self) -> dict[str, str]:
+        refused: dict[str, str] = {}
+        for use in self._unproven():
+            for name in use.names:
+                refused[name] = "no gradient reached it to show where the samples lie"
+        for use in self._strayed:
+            for name in use.names:
+                rule = use.rule if isinstance(use, Use) else "shared"
+                refused[name] = f"its {rule} rule cannot tell the samples apart"
+        return refused

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from sparseft.fisher import contribution
 from sparseft.fisher.capture import Use
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
 from sparseft.fisher.grouped import Grouped, add_grouped_
+from sparseft.fisher.layout import Rows
 from sparseft.fisher.patches import Patches, add_patches_
 
 _FORM: dict[str, type[Contribution]] = {
@@ -31,14 +33,24 @@ def mixed(uses: Collection[Use]) -> dict[str, str]:
     """Return the parameters whose uses cannot be added up, with the reason: all forms but linear with embedding."""
     forms: dict[str, set[type[Contribution]]] = {}
     rules: dict[str, set[str]] = {}
+    rows: dict[str, set[Rows | None]] = {}
     for use in uses:
         forms.setdefault(use.name, set()).add(form(use))
         rules.setdefault(use.name, set()).add(use.rule)
-    return {
+        rows.setdefault(use.name, set()).add(use.rows)
+    found = {
         name: f"used as {' and as '.join(sorted(rules[name]))}"
         for name, used in forms.items()
         if len(used) > 1 and used != {Outer, Lookup}
     }
+    return {**found, **{name: "used in rows that overlap" for name, used in rows.items() if _overlap(used)}}
+
+
+def _overlap(blocks: Collection[Rows | None]) -> bool:
+    if None in blocks:
+        return len(blocks) > 1
+    ordered = sorted((block.start, block.stop) for block in blocks if block is not None)
+    return any(before[1] > after[0] for before, after in pairwise(ordered))
 
 
 class Squares:
@@ -57,6 +69,9 @@ class Squares:
             self._sums[name].addcmul_(grad, grad)
 
 
+_Key = tuple[str, Rows | None]
+
+
 class Tally:
     """Receives the contributions of one backward pass and adds them to `fisher`.
 
@@ -66,22 +81,25 @@ class Tally:
 
     def __init__(self, fisher: Mapping[str, Tensor], uses: list[Use], ignored: Collection[str]) -> None:
         self._fisher = fisher
-        self._uses: dict[str, list[Use]] = {}
+        self._uses: dict[_Key, list[Use]] = {}
         for use in uses:
             if use.name not in ignored:
-                self._uses.setdefault(use.name, []).append(use)
-        self._waiting: dict[str, _Waiting] = {}
+                self._uses.setdefault((use.name, use.rows), []).append(use)
+        self._waiting: dict[_Key, _Waiting] = {}
 
     def __call__(self, use: Use, part: Contribution) -> None:
         """Take one contribution."""
-        if use.name not in self._uses:
+        key = use.name, use.rows
+        if key not in self._uses:
             return
-        if use.name not in self._waiting:
-            self._waiting[use.name] = _Waiting(self._fisher[use.name], self._uses[use.name])
-        waiting = self._waiting[use.name]
+        if key not in self._waiting:
+            fisher = self._fisher[use.name]
+            own = fisher if use.rows is None else fisher[use.rows.start : use.rows.stop]
+            self._waiting[key] = _Waiting(own, self._uses[key])
+        waiting = self._waiting[key]
         waiting.take(use, part)
         if waiting.complete():
-            self._waiting.pop(use.name).close()
+            self._waiting.pop(key).close()
 
     def finish(self) -> None:
         """Add what still waits for uses that backward did not reach: their gradient is zero."""

@@ -1,0 +1,311 @@
+"""Tensors that all samples share: computed from parameters alone, they meet the batch only later.
+
+A relative position bias, a table of positions that passes through layers of its own, a product of two parameters.
+Where such a tensor meets the batch, autograd adds its gradients over the samples, and what each contributed is lost.
+So a copy for each sample is put there (a fan-out), which keeps the gradients apart. After the backward pass of the
+batch, each sample's gradients are pulled back through the small graph of the shared tensors, whose operations were
+captured too, as those of a batch of one; what they emit is stacked over the samples.
+
+Whether a tensor is shared need not be proven: a fan-out whose copies each reach one sample only splits the gradient
+exactly, whatever the tensor was computed from. That is what the probe shows, and the walk over the graph shows that
+no path to the parameters goes round a fan-out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
+from sparseft.fisher.layout import Layout, by_sample
+from sparseft.fisher.meeting import Meeting, meeting
+
+if TYPE_CHECKING:
+    from sparseft.fisher.capture import Capture, Use
+
+_SMALL = 1 << 20  # entries of a parameter whose per-sample gradients may be formed
+
+
+class Source(Enum):
+    """What the tensors of an operation come from, beside the parameters it uses itself."""
+
+    BATCH = auto()  # at least one has a gradient that depends on the samples
+    PARAMETERS = auto()  # none has, and at least one is computed from parameters
+    DATA = auto()  # none has a gradient at all: inputs, masks, constants
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where an operation's tensors come from, and the parameters that shared ones among them were computed from."""
+
+    source: Source
+    names: frozenset[str]
+
+
+@dataclass(eq=False)
+class FanOut:
+    """One place where a shared tensor meets the batch."""
+
+    names: frozenset[str]
+    occurrence: int
+    layout: Layout
+    anywhere = True
+
+    @property
+    def key(self) -> tuple[str, int]:
+        """Return what names it in a plan."""
+        return ", ".join(sorted(self.names)), self.occurrence
+
+
+@dataclass(eq=False)
+class _Entry:
+    """A shared tensor, at the version at which it was shared, and the parameters it was computed from."""
+
+    tensor: Tensor
+    version: int
+    names: frozenset[str]
+    _outlet: Tensor | None = None
+
+    def outlet(self) -> Tensor:
+        """Return where gradients enter that come back to it: a copy, whatever may be done to the tensor later."""
+        if self._outlet is None:
+            self._outlet = self.tensor.clone()
+        return self._outlet
+
+
+class _Copies(torch.autograd.Function):
+    """y = a copy of the outlet for each sample (or several), [copies, *shape], whose gradients are kept apart."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, shared: Shared, anchor: Tensor, fan_out: FanOut, entry: _Entry, copies: int, value: Tensor
+    ) -> Tensor:
+        ctx.shared, ctx.fan_out, ctx.entry = shared, fan_out, entry
+        return value.unsqueeze(0).expand(copies, *value.shape)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        ctx.shared.receive(ctx.fan_out, ctx.entry, dy)
+        return (None,) * 6
+
+
+class _Data(torch.autograd.Function):
+    """y = param, as the data of another operation."""
+
+    @staticmethod
+    def forward(ctx: Any, capture: Capture, anchor: Tensor, use: Use, param: Tensor) -> Tensor:
+        ctx.capture, ctx.use = capture, use
+        return param.clone()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
+        ctx.capture.emit(ctx.use, Vector(dy.float().reshape(1, -1)))
+        return (None,) * 4
+
+
+class Shared:
+    """Knows the shared tensors of one forward pass, and pulls gradients back through them.
+
+    Attributes:
+        fan_outs: where they meet the batch.
+        witness: told what each fan-out receives in a backward pass, [N, ...].
+    """
+
+    def __init__(self, capture: Capture) -> None:
+        self.fan_outs: list[FanOut] = []
+        self.witness: Callable[[FanOut, Tensor], None] = lambda fan_out, grads: None
+        self._capture = capture
+        self._entries: dict[int, _Entry] = {}
+        self._occurrences: dict[frozenset[str], int] = {}
+        self._received: dict[_Entry, Tensor] = {}
+
+    def origin(self, args: Any, kwargs: Any) -> Origin:
+        """Return where the arguments of an operation come from."""
+        names: frozenset[str] = frozenset()
+        source = Source.DATA
+        for tensor in tensors((args, kwargs)):
+            if tensor.requires_grad and not self._capture.knows(tensor):
+                entry = self._entry(tensor)
+                if entry is None:
+                    source = Source.BATCH
+                else:
+                    names |= entry.names
+        return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names)
+
+    def add(self, result: Any, names: frozenset[str]) -> Any:
+        """Note that the tensors of a result are shared; return it."""
+        for tensor in tensors(result):
+            if tensor.requires_grad:
+                self._entries[id(tensor)] = _Entry(tensor, tensor._version, names)
+        return result
+
+    def data(self, tensor: Tensor) -> Tensor:
+        """Return a known tensor as a shared one, captured; itself if it must be left alone."""
+        use = self._capture.claim_data(tensor) if tensor.numel() <= _SMALL else None
+        if use is None:
+            return tensor
+        root: Tensor = self.add(self._capture.run(_Data, use, tensor.detach()), use.names)
+        return root
+
+    def close(self) -> None:
+        """Let go of the tensors, whose graph holds the capture: what backward needs of them, it has."""
+        self._entries.clear()
+
+    def apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
+        """Run an operation that no rule captures. What it makes of shared tensors and parameters alone is shared."""
+        known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
+        if not known and not origin.names:
+            return func(*args, **kwargs)
+        if origin.source is not Source.BATCH:
+            result = func(*args, **kwargs)
+            if not any(tensor.requires_grad for tensor in tensors(result)):
+                return result
+        shared = [*known, *(tensor for tensor in tensors((args, kwargs)) if self._entry(tensor) is not None)]
+        met = meeting(func, args, kwargs, shared)
+        if met is None and origin.source is Source.BATCH:
+            return func(*args, **kwargs)
+        replaced = {id(tensor): self.data(tensor) for tensor in known}
+        names = origin.names.union(*(self.origin(root, None).names for root in replaced.values()))
+        if not names:
+            return func(*args, **kwargs)
+        inner, named = _replace(args, replaced), _replace(kwargs, replaced)
+        fanned = None
+        if met is not None:
+            fanned = self._fan_out(met, [replaced.get(id(tensor), tensor) for tensor in shared], origin.source)
+        if met is not None and fanned is not None:
+            copies, axis = fanned
+            return met.run(_replace(inner, copies), _replace(named, copies), axis)
+        result = func(*inner, **named)
+        return result if origin.source is Source.BATCH else self.add(result, names)
+
+    def receive(self, fan_out: FanOut, entry: _Entry, grads: Tensor) -> None:
+        """Take the gradients of the copies of a shared tensor, [copies, *shape]."""
+        layout = Layout.BATCH if fan_out.layout is Layout.SECOND else fan_out.layout
+        rows = by_sample(grads, layout, self._capture.samples)
+        rows = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
+        self.witness(fan_out, rows)
+        before = self._received.get(entry)
+        self._received[entry] = rows if before is None else before + rows
+
+    def pull_back(self) -> None:
+        """Pull what was received back, one sample at a time, and emit what the shared uses contribute."""
+        received, self._received = self._received, {}
+        if not received:
+            return
+        capture = self._capture
+        emit = capture.emit
+        parts: dict[Use, list[Contribution]] = {}
+        capture.emit = lambda use, part: parts.setdefault(use, []).append(part)
+        try:
+            for sample in range(capture.samples):
+                torch.autograd.grad(
+                    [entry.outlet() for entry in received],
+                    [capture.anchor],
+                    [grads[sample] for grads in received.values()],
+                    retain_graph=True,
+                    allow_unused=True,
+                )
+        finally:
+            capture.emit = emit
+        for use, of_samples in parts.items():
+            emit(use, _stacked(of_samples))
+
+    def forget(self) -> None:
+        """Drop what was received."""
+        self._received.clear()
+
+    def _entry(self, tensor: Tensor) -> _Entry | None:
+        entry = self._entries.get(id(tensor))
+        # what is changed in place may have been given something of the batch
+        return entry if entry is not None and entry.version == tensor._version else None
+
+    def _fan_out(self, met: Meeting, shared: list[Tensor], source: Source) -> tuple[dict[int, Tensor], int] | None:
+        """Return copies of the shared tensors, by id, and the axis they lie along; None if they do not meet it."""
+        places: dict[int, tuple[_Entry, FanOut, int]] = {}
+        for tensor in shared:
+            entry = self._entry(tensor)
+            if entry is None or id(tensor) in places:
+                continue
+            occurrence = self._occurrences.get(entry.names, 0)
+            self._occurrences[entry.names] = occurrence + 1
+            place = FanOut(entry.names, occurrence, Layout.BATCH)
+            sizes = met.sizes(tensor)
+            layout = self._capture.policy.fan_out(place, sizes, source is Source.BATCH)
+            if layout is None:
+                return None
+            place.layout = layout
+            places[id(tensor)] = entry, place, sizes[layout is Layout.SECOND]
+        axes = {int(place.layout is Layout.SECOND) for _, place, _ in places.values()}
+        if len(axes) != 1:
+            return None
+        (axis,) = axes
+        copies: dict[int, Tensor] = {}
+        for key, (entry, place, count) in places.items():
+            self.fan_outs.append(place)
+            value = entry.outlet().detach()
+            made = _Copies.apply(self, self._capture.anchor, place, entry, count, value)  # type: ignore[no-untyped-call]
+            copies[key] = met.spread(made, axis)
+        return copies, axis
+
+
+def tensors(nest: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a nest of tuples, lists and mappings."""
+    if isinstance(nest, Tensor):
+        yield nest
+    elif isinstance(nest, (tuple, list)):
+        for part in nest:
+            yield from tensors(part)
+    elif isinstance(nest, Mapping):
+        yield from tensors(list(nest.values()))
+
+
+def mark(result: Tensor, names: Sequence[str]) -> None:
+    """Write on the node of a captured operation of which parameters it computes a shared tensor."""
+    if result.grad_fn is not None:
+        result.grad_fn.alone = tuple(names)  # type: ignore[attr-defined]
+
+
+def marks(node: Any) -> tuple[str, ...]:
+    """Return the parameters of which a node of the graph computes a shared tensor."""
+    names: tuple[str, ...] = getattr(node, "alone", ())
+    return names
+
+
+def outlets(node: Any) -> list[Any]:
+    """Return the nodes where the gradients go that a node keeps apart, if it does."""
+    entry = getattr(node, "entry", None)
+    return [entry.outlet().grad_fn] if isinstance(entry, _Entry) else []
+
+
+def _replace(nest: Any, table: Mapping[int, Tensor]) -> Any:
+    if isinstance(nest, Tensor):
+        return table.get(id(nest), nest)
+    if isinstance(nest, (tuple, list)):
+        return type(nest)([_replace(part, table) for part in nest])
+    if isinstance(nest, dict):
+        return {key: _replace(value, table) for key, value in nest.items()}
+    return nest
+
+
+def _stacked(parts: list[Contribution]) -> Contribution:
+    """Return the contributions of single samples as one of all of them."""
+    outers = [part for part in parts if isinstance(part, Outer)]
+    if outers:
+        return Outer(_joined([part.left for part in outers]), _joined([part.right for part in outers]))
+    lookups = [part for part in parts if isinstance(part, Lookup)]
+    if lookups:
+        return Lookup(torch.cat([part.ids for part in lookups]), torch.cat([part.dy for part in lookups]))
+    return Vector(torch.cat([part.grad for part in parts if isinstance(part, Vector)]))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    # the data of a shared use is one tensor, whichever sample's gradient came by
+    first = parts[0]
+    if all(part.data_ptr() == first.data_ptr() for part in parts):
+        return first.expand(len(parts), *first.shape[1:])
+    return torch.cat(parts)
