@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparseft import testing
-from sparseft.fisher import batch_one_fisher, estimate_fisher
+from sparseft.fisher import batch_one_fisher, estimate_fisher, sample_gradients
 from sparseft.fisher.grouped import Grouped, add_grouped_
 
 VOCABULARY = 61
@@ -371,6 +371,20 @@ def test_columns_of_experts_equal_the_gradients_of_single_samples():
     assert part.reaches().tolist() == [True, True, True]
     left[segment % samples == 1] = 0
     assert part.reaches().tolist() == [True, False, True]
+
+
+def test_gradients_of_single_samples_at_chosen_entries():
+    model, batch = make(gpt_oss), ragged()
+    indices = {name: torch.arange(0, p.numel(), 13) for name, p in model.named_parameters() if ".experts." in name}
+    found = sample_gradients(model, slices(batch, 3), indices, progress=False)
+    assert not found.report.fallback
+    model.eval()
+    for n in range(5):
+        model.zero_grad()
+        model(**{key: value[n : n + 1] for key, value in batch.items()}).loss.backward()
+        for name, p in model.named_parameters():
+            if name in indices:
+                torch.testing.assert_close(found[name][n], p.grad.flatten()[::13], rtol=1e-4, atol=1e-6)
 
 
 class Largest(TorchDispatchMode):
