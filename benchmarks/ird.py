@@ -1,0 +1,289 @@
+"""IRD beside FISH, reverse IRD and random entries, at the same numbers of samples and weights.
+
+    python benchmarks/ird.py cpu2 --data ../shared/data        # goes on where it stopped: finished runs are skipped
+    python benchmarks/ird.py cpu2 --table                      # what the rows say
+
+A run trains an encoder with one mask and measures it on dev rows. For a seed, every method sees the same training
+rows in the same order, starts from the same weights, and has the same number of weights in a cell: seeds pair up. FISH
+takes the first N samples of a shuffled pool; IRD starts from the whole pool and twice the largest density, and halves
+its way down the grid; random entries look at no samples, so that one run serves all N. Cells are given, not chosen,
+and no search sees a dev row. Rows go to results/ird-MACHINE.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import provenance
+import torch
+
+from sparseft.integrations import encoding, examples, models, training
+from sparseft.mask import Mask
+from sparseft.selection import IRDPath, ird_search, select
+
+TRAIN_FILES = {"rte": "train.jsonl", "mrpc": "train.jsonl", "sst2": "train_sentences.jsonl"}
+# method -> options of the search; None for those that do not search
+SEARCHES: dict[str, dict[str, Any] | None] = {
+    "ird": {},
+    "fish": None,
+    "reverse": {"reverse": "samples"},
+    "random": None,
+    "ird-balanced": {"class_balance": True},
+    "ird-length": {"length_normalisation": True},
+    "ird-cap": {"influence_cap": 2.0},
+}
+DEFAULT_METHODS = ("ird", "fish", "reverse", "random")
+CASE = ("task", "method", "samples", "density", "seed", "train_rows", "max_length", "epochs", "pool")
+
+
+class Bench:
+    """The masks of one task and seed, each made when it is first asked for."""
+
+    def __init__(self, task: str, seed: int, options: argparse.Namespace) -> None:
+        self.task, self.seed, self.options = task, seed, options
+        folder = options.data / task
+        train, dev = (_rows(folder / name) for name in (TRAIN_FILES[task], "dev.jsonl"))
+        train = random.Random(seed).sample(train, min(len(train), options.train_rows))
+        dev = random.Random(0).sample(dev, min(len(dev), options.dev_rows))
+        self.splits = examples.prepare(train, dev)
+        loaded = self.load()
+        self.encoded = encoding.encode(self.splits, loaded.tokenizer, options.max_length)
+        self.pool = random.Random(seed + 1).sample(self.encoded.train, min(len(train), options.pool))
+        self._paths: dict[str, IRDPath] = {}
+
+    def load(self) -> models.Loaded:
+        """Load the model as every run starts with it."""
+        return models.load(self.options.model, self.splits, seed=self.seed)
+
+    def mask(self, method: str, samples: int, density: float) -> tuple[Mask, list[int]]:
+        """Return a cell's mask, and which of the pool's samples chose it."""
+        search = SEARCHES[method]
+        path = self._path(method if search is not None else "ird")
+        number = self._number(path, samples, density)
+        if search is not None:
+            return path.masks[number], list(path.cells[number].positions)
+        loaded, count = self.load(), path.masks[number].k
+        options = {"samples": samples} if method == "fish" else {}
+        mask = select(
+            method, loaded.model, self._batches(), k=count, dense=loaded.new, seed=self.seed, progress=False, **options
+        )
+        return mask, list(range(samples)) if method == "fish" else []
+
+    def _path(self, method: str) -> IRDPath:
+        if method not in self._paths:
+            loaded, options = self.load(), self.options
+            self._paths[method] = ird_search(
+                loaded.model,
+                self._batches(),
+                2 * max(options.densities),
+                dense=loaded.new,
+                samples=len(self.pool),
+                min_samples=min(options.samples),
+                min_density=min(options.densities),
+                order="grid",
+                select_by="ladder",
+                progress=False,
+                seed=self.seed,
+                **(SEARCHES[method] or {}),
+            )
+        return self._paths[method]
+
+    def _number(self, path: IRDPath, samples: int, density: float) -> int:
+        """Return the number of a cell; halving rounds up, so densities are met but for an entry or two."""
+        for number, cell in enumerate(path.cells):
+            if cell.samples == samples and abs(cell.density / density - 1) < 1e-3:
+                return number
+        found = sorted({(cell.samples, f"{cell.density:.4%}") for cell in path.cells})
+        raise ValueError(f"{samples} samples at {density:.4%} are not on the way down: cells are {found}")
+
+    def _batches(self) -> Any:
+        return self.encoded.batches(self.pool, self.options.batch_size, training.device())
+
+    def run(self, method: str, samples: int, density: float) -> dict[str, Any]:
+        """Choose, train and measure; return a row."""
+        started = time.perf_counter()
+        mask, chosen = self.mask(method, samples or min(self.options.samples), density)
+        loaded, options = self.load(), self.options
+        result = training.train(
+            loaded,
+            self.encoded,
+            mask,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            seed=self.seed,
+            progress=False,
+        )
+        outputs = result.evaluation.outputs
+        labels = torch.tensor([row["labels"] for row in self.encoded.dev])
+        return {
+            **self.case(method, samples, density),
+            "weights": mask.k,
+            "lr": result.lr,
+            "steps": result.steps,
+            "dev_rows": len(self.encoded.dev),
+            "dev_accuracy": round(result.evaluation.metrics["accuracy"], 4),
+            "dev_loss": round(float(torch.nn.functional.cross_entropy(outputs, labels)), 4),
+            **self._kept(chosen),
+            "seconds": round(time.perf_counter() - started, 1),
+        }
+
+    def case(self, method: str, samples: int, density: float) -> dict[str, Any]:
+        """Return what tells a run from others."""
+        options = self.options
+        values = (self.task, method, samples, density, self.seed, options.train_rows, options.max_length)
+        return dict(zip(CASE, (*values, options.epochs, options.pool), strict=True))
+
+    def _kept(self, chosen: list[int]) -> dict[str, Any]:
+        """Say what the samples that chose are like: their length beside the pool's, and their largest class."""
+        if not chosen:
+            return {"kept_length": "", "kept_largest_class": ""}
+        length = [len(row["input_ids"]) for row in self.pool]
+        labels = [self.pool[i]["labels"] for i in chosen]
+        return {
+            "kept_length": round(statistics.mean(length[i] for i in chosen) / statistics.mean(length), 3),
+            "kept_largest_class": round(max(labels.count(label) for label in set(labels)) / len(labels), 3),
+        }
+
+
+def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, float]]:
+    """Yield (method, samples, density); samples 0 for random entries, which look at none."""
+    for density, method in itertools.product(options.densities, options.methods):
+        for samples in [0] if method == "random" else options.samples:
+            yield method, samples, density
+
+
+def run_all(options: argparse.Namespace, path: Path) -> None:
+    """Run what is not in the file yet, and add each row as soon as it is there."""
+    for seed, task in itertools.product(options.seeds, options.tasks):
+        done = {tuple(row[name] for name in CASE) for row in read(path)}
+        bench = None
+        for method, samples, density in cells(options):
+            values = (task, method, samples, density, seed, options.train_rows, options.max_length)
+            if tuple(map(str, (*values, options.epochs, options.pool))) in done:
+                continue
+            bench = bench or Bench(task, seed, options)
+            row = bench.run(method, samples, density)
+            provenance.append(path, [{**row, **provenance.stamp()}])
+            print(json.dumps(row), flush=True)
+
+
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows there are."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def table(rows: list[dict[str, str]]) -> str:
+    """Return the rows as a table of means over seeds, and how often IRD is ahead of each other method."""
+    found = _by_cell(rows, "dev_accuracy")
+    names = [name for name in SEARCHES if any(name in methods for methods in found.values())]
+    lines = ["| task | samples | density | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    for (task, samples, density), methods in found.items():
+        figures = [_figure(list(methods.get(name, {}).values())) for name in names]
+        lines.append(f"| {task} | {samples} | {100 * density:g} % | " + " | ".join(figures) + " |")
+    lines += ["", "Dev accuracy in percent: mean and standard deviation over seeds, and their number. Paired by seed,"]
+    for other in names:
+        if other != "ird":
+            lines.append(f"- dev accuracy, {_verdict(found, other, 100, 'points')}")
+            losses = _by_cell(rows, "dev_loss")
+            lines.append(f"- dev loss, {_verdict(losses, other, -1, 'nats less')}")
+    return "\n".join(lines)
+
+
+Cells = dict[
+    tuple[str, int, float], dict[str, dict[int, float]]
+]  # (task, samples, density) -> method -> seed -> figure
+
+
+def _by_cell(rows: list[dict[str, str]], column: str) -> Cells:
+    found: Cells = {}
+    for row in rows:
+        key = (row["task"], int(row["samples"]), float(row["density"]))
+        found.setdefault(key, {}).setdefault(row["method"], {})[int(row["seed"])] = float(row[column])
+    # what looks at no samples stands in every row of its density
+    for (task, samples, density), methods in found.items():
+        if samples:
+            methods.update(found.get((task, 0, density), {}))
+    return {key: methods for key, methods in sorted(found.items()) if key[1]}
+
+
+def _figure(values: list[float]) -> str:
+    if not values:
+        return ""
+    spread = f" ± {100 * statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{100 * statistics.mean(values):.1f}{spread} ({len(values)})"
+
+
+def _verdict(found: Cells, other: str, sign: float, unit: str) -> str:
+    """Say in how many cells IRD is ahead of another method, and in how many of them by more than noise."""
+    means, clear, pairs = [], [], []
+    for methods in found.values():
+        ours, theirs = methods.get("ird", {}), methods.get(other, {})
+        differences = [sign * (ours[seed] - theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+        if differences:
+            pairs += differences
+            means.append(statistics.mean(differences))
+            error = statistics.stdev(differences) / len(differences) ** 0.5 if len(differences) > 1 else float("inf")
+            clear.append(abs(means[-1]) > 2 * error)
+    if not pairs:
+        return f"IRD and {other}: no cell was run with both"
+    ahead = sum(mean > 0 for mean in means), sum(mean > 0 and sure for mean, sure in zip(means, clear, strict=True))
+    behind = sum(mean < 0 for mean in means), sum(mean < 0 and sure for mean, sure in zip(means, clear, strict=True))
+    return (
+        f"IRD and {other}: ahead in {ahead[0]} of {len(means)} cells and behind in {behind[0]}, by more than twice "
+        f"the standard error in {ahead[1]} and {behind[1]}; {statistics.mean(pairs):+.3f} {unit} over all "
+        f"{len(pairs)} pairs"
+    )
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("machine", help="name of the results file")
+    parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="folder of results files")
+    parser.add_argument("--table", action="store_true", help="print what the rows say, and run nothing")
+    parser.add_argument("--data", type=Path, help="folder that holds the tasks' folders")
+    parser.add_argument("--model", default=None, help="folder or hub id; MiniLM if left out")
+    parser.add_argument("--tasks", nargs="+", default=list(TRAIN_FILES), choices=TRAIN_FILES)
+    parser.add_argument("--methods", nargs="+", default=list(DEFAULT_METHODS), choices=SEARCHES)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--samples", nargs="+", type=int, default=[128, 32, 8])
+    parser.add_argument("--densities", nargs="+", type=float, default=[0.005, 0.00125])
+    parser.add_argument("--pool", type=int, default=256, help="samples that IRD starts from")
+    parser.add_argument("--train-rows", type=int, default=512)
+    parser.add_argument("--dev-rows", type=int, default=400, help="at most; the same for every run")
+    parser.add_argument("--max-length", type=int, default=64)
+    parser.add_argument("--epochs", type=float, default=2.0)
+    parser.add_argument("--batch-size", type=int, default=16)
+    options = parser.parse_args()
+    path = options.results / f"ird-{options.machine}.csv"
+    if options.table:
+        rows = read(path)
+        if not rows:
+            sys.exit(f"{path} has no rows; run without --table first")
+        print(table(rows))
+        return
+    if options.data is None:
+        parser.error("--data is missing: the folder that holds the tasks' folders")
+    options.model = options.model or models.minilm()
+    models.quiet()
+    run_all(options, path)
+
+
+if __name__ == "__main__":
+    main()
