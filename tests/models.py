@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 VOCABULARY, CLASSES = 61, 3
 _SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+_WORDS = {"vocab_size": VOCABULARY, "max_position_embeddings": 64}
 
 
 def _bert(**options: object) -> nn.Module:
@@ -49,6 +50,63 @@ def _llama_config(**options: object) -> tf.LlamaConfig:
     )
 
 
+def _albert() -> nn.Module:
+    # both layers are the same one
+    return tf.AlbertForSequenceClassification(
+        tf.AlbertConfig(**_SMALL, embedding_size=16, **_WORDS, num_labels=CLASSES, inner_group_num=1)
+    )
+
+
+def _deberta(**options: object) -> nn.Module:
+    # as published: relative positions only, their table normalised and sent through the tokens' own projections
+    published = {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "norm_rel_ebd": "layer_norm",
+        "share_att_key": True,
+        "pos_att_type": ["p2c", "c2p"],
+        "position_biased_input": False,
+        "pooler_hidden_size": 32,
+    }
+    config = tf.DebertaV2Config(**_SMALL, **_WORDS, num_labels=CLASSES, **{**published, **options})
+    return tf.DebertaV2ForSequenceClassification(config)
+
+
+def _t5(**options: object) -> nn.Module:
+    # the head, both embeddings and nothing else are one matrix; eight buckets, so that near positions share one
+    config = tf.T5Config(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        d_kv=8,
+        d_ff=48,
+        num_layers=2,
+        num_heads=4,
+        relative_attention_num_buckets=8,
+        relative_attention_max_distance=12,
+        decoder_start_token_id=0,
+        initializer_factor=0.3,  # attention is not scaled: sharper than this, it leaves little but rounding
+        **options,
+    )
+    return tf.T5ForConditionalGeneration(config)
+
+
+def _gemma2() -> nn.Module:
+    config = tf.Gemma2Config(
+        **_SMALL, **_WORDS, num_key_value_heads=2, head_dim=8, pad_token_id=0, query_pre_attn_scalar=8
+    )
+    return tf.Gemma2ForCausalLM(config)
+
+
+def _qwen3() -> nn.Module:
+    config = tf.Qwen3Config(**_SMALL, **_WORDS, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    return tf.Qwen3ForCausalLM(config)
+
+
+def _vit(**options: object) -> nn.Module:
+    config = tf.ViTConfig(**_SMALL, image_size=8, patch_size=4, num_labels=CLASSES, **options)
+    return tf.ViTForImageClassification(config)
+
+
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "bert": _bert,
     "bert regression": lambda: tf.BertForSequenceClassification(
@@ -63,6 +121,18 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "llama": lambda: tf.LlamaForCausalLM(_llama_config(tie_word_embeddings=False)),
     "llama tied": lambda: tf.LlamaForCausalLM(_llama_config(tie_word_embeddings=True)),
     "llama classification": lambda: tf.LlamaForSequenceClassification(_llama_config(num_labels=CLASSES)),
+    "albert": _albert,
+    "deberta": _deberta,
+    "deberta with projections": lambda: _deberta(share_att_key=False, norm_rel_ebd="none"),
+    "t5": _t5,
+    "t5 untied": lambda: _t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "gemma2": _gemma2,
+    "qwen3": _qwen3,
+    "vit": _vit,
+    "bert eager": lambda: _bert(attn_implementation="eager"),
+    "gpt2 eager": lambda: tf.GPT2LMHeadModel(_gpt2_config(attn_implementation="eager")),
+    "t5 eager": lambda: _t5(attn_implementation="eager"),
+    "vit eager": lambda: _vit(attn_implementation="eager"),
 }
 
 
@@ -81,7 +151,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "llama", "llama tied")
+TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "gpt2 eager", "llama", "llama tied", "gemma2", "qwen3")
 
 
 def make(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -97,6 +167,9 @@ def make(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> 
 def batch(name: str, samples: int = 5, length: int = 9, left: bool = False, seed: int = 1) -> dict[str, Tensor]:
     """Make a ragged batch: padding, tokens repeated within and across samples, some token labels ignored."""
     generator = torch.Generator().manual_seed(seed)
+    if name.startswith("vit"):
+        pixels = torch.randn(samples, 3, 8, 8, generator=generator)
+        return {"pixel_values": pixels, "labels": torch.randint(0, CLASSES, (samples,), generator=generator)}
     pad = 1 if name == "roberta" else 0
     # few distinct tokens, so that they repeat; one sample is as long as it may be
     ids = torch.randint(2, 20, (samples, length), generator=generator)
@@ -118,7 +191,10 @@ def _labels(name: str, ids: Tensor, mask: Tensor, generator: torch.Generator) ->
         return torch.randn(samples, generator=generator)
     if name == "bert multilabel":
         return torch.randint(0, 2, (samples, CLASSES), generator=generator).float()
-    if name not in TOKEN_LEVEL:
+    if name.startswith("t5"):
+        # of another length than the inputs
+        ids, mask = ids[:, :-2].flip(1), mask[:, :-2]
+    elif name not in TOKEN_LEVEL:
         return torch.randint(0, CLASSES, (samples,), generator=generator)
     if name == "bert tokens":
         labels = torch.randint(0, CLASSES, ids.shape, generator=generator)

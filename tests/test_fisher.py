@@ -30,7 +30,7 @@ def assert_same(scores, reference, tolerance=1e-5):
     largest = max(float(expected.max()) for expected in reference.values())
     for name, expected in reference.items():
         # a key's bias shifts all attention logits of a query alike: its gradient is zero but for rounding
-        floor = (1e-9 if name.endswith("key.bias") else 1e-12) * largest
+        floor = (1e-9 if name.endswith(("key.bias", "k_proj.bias")) else 1e-12) * largest
         error = float((scores[name] - expected).abs().max()) / max(float(expected.max()), floor)
         assert error <= tolerance, f"{name}: error {error:.1e}"
 
@@ -48,9 +48,11 @@ def test_every_parameter_equals_the_loop_of_single_samples(name, device):
         scores = estimate_fisher(model, slices(batch, 3), progress=False)
         assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
         assert scores.report.samples == 5
-        assert not scores.report.fallback
+        # DeBERTa reads the first token; if it is padding, no position reaches it, and nothing shows where samples lie
+        assert bool(scores.report.fallback) == (left and name.startswith("deberta"))
         assert set(scores.report.rules) == {name for name, _ in model.named_parameters()}
-        assert not {"fallback", "unused"} & set(scores.report.rules.values())
+        fell = {key for key, rule in scores.report.rules.items() if rule in ("fallback", "unused")}
+        assert fell == set(scores.report.fallback)
         assert all(score.dtype == torch.float32 for score in scores.values())
 
 

@@ -5,31 +5,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from models import one_thread  # noqa: F401
+from nets import C, H, Net, T, assert_exact, data, parameter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from sparseft.fisher import batch_one_fisher, estimate_fisher
-
-N, T, H, C = 5, 6, 8, 3
-
-
-class Net(nn.Module):
-    """Embeds tokens, does something odd, classifies the mean."""
-
-    def __init__(self, **parts):
-        super().__init__()
-        self.embed = nn.Embedding(11, H)
-        self.out = nn.Linear(H, C)
-        for name, part in parts.items():
-            setattr(self, name, part)
-
-    def forward(self, ids):
-        return self.out(self.odd(self.embed(ids)).mean(1))
-
-
-def parameter(*shape):
-    return nn.Parameter(torch.randn(shape))
 
 
 class Twice(Net):
@@ -257,20 +238,6 @@ CASES = {
     "without grad": (lambda: WithoutGrad(lin=nn.Linear(H, H)), {"lin.weight": "unused", "lin.bias": "unused"}),
     "zero-initialised adapter": (zero_init, {"down.weight": LINEAR, "up.weight": LINEAR}),
 }
-
-
-def data(samples=N, length=T, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 11, (samples, length), generator=generator)
-    return ids, torch.randint(0, C, (samples,), generator=generator)
-
-
-def assert_exact(model, batches, loss=None):
-    scores = estimate_fisher(model, batches, loss=loss, progress=False)
-    expected = batch_one_fisher(model, batches, loss=loss)
-    for name, value in expected.items():
-        torch.testing.assert_close(scores[name], value, rtol=1e-4, atol=1e-5 * float(value.max()), msg=name)
-    return scores
 
 
 @pytest.mark.parametrize("case", CASES)

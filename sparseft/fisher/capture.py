@@ -102,7 +102,7 @@ class Capture(TorchFunctionMode):
         self.uses: list[Use] = []
         self.rows_chosen = False  # an operation chose rows by their values
         self.repeated = False  # a parameter was repeated for every sample: whose copy goes where, the loss cannot tell
-        self.emit: Callable[[Use, Contribution], None] = lambda use, contribution: None
+        self.emit: Callable[[Use, Contribution], None]
         # every captured operation depends on it, so that backward reaches those whose inputs need no gradient
         self.anchor = torch.zeros((), requires_grad=True)
         self.policy = policy
@@ -113,6 +113,7 @@ class Capture(TorchFunctionMode):
         self._origin = Origin(Source.DATA, frozenset())
         self._claimed: list[Use] = []
         self._entered = 0
+        self.stop()
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -151,6 +152,10 @@ class Capture(TorchFunctionMode):
     def knows(self, tensor: Any) -> bool:
         """Return whether a tensor is a scored parameter or holds the entries of one."""
         return id(tensor) in self._known
+
+    def computed(self, *tensors: Tensor | None) -> bool:
+        """Return whether one of the tensors has a gradient to pass on: it is computed, and no parameter."""
+        return any(tensor is not None and tensor.requires_grad and not self.knows(tensor) for tensor in tensors)
 
     def alias(self, source: Tensor, result: Tensor, rows: Rows | None = None) -> Tensor:
         """Note that `result` holds the entries of a known tensor, up to a constant, a dtype or a shape; return it.
@@ -238,6 +243,11 @@ class Capture(TorchFunctionMode):
         device = x.device.type
         cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
         return torch.get_autocast_dtype(device) if cast else x.dtype
+
+    def stop(self) -> None:
+        """Drop what is emitted from now on."""
+        self.emit = lambda use, contribution: None
+        self.shared.witness = lambda fan_out, grads: None
 
     def escaped(self, outputs: Tensor) -> dict[str, str]:
         """Return the parameters that some operation uses uncaptured, name -> reason."""

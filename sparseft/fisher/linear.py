@@ -51,20 +51,14 @@ class _Linear(torch.autograd.Function):
             capture.emit(weight_use, Outer(x_rows, dy_rows) if ctx.conv1d else Outer(dy_rows, x_rows))
         if bias_use is not None:
             capture.emit(bias_use, Vector(capture.by_sample(dy, bias_use).sum(1, dtype=torch.float32)))
-        dx = dweight = dbias = None
+        dx = None
         if ctx.needs_input_grad[4]:
             dx = dy @ (weight.T if ctx.conv1d else weight)
-        # what is not captured, because it is computed, has its gradient passed on
-        if ctx.needs_input_grad[5]:
-            x_flat, dy_flat = x.flatten(0, -2), dy.flatten(0, -2)
-            dweight = x_flat.T @ dy_flat if ctx.conv1d else dy_flat.T @ x_flat
-        if ctx.needs_input_grad[6]:
-            dbias = dy.flatten(0, -2).sum(0)
-        return None, None, None, None, dx, dweight, dbias
+        return None, None, None, None, dx, None, None
 
 
 def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | None, conv1d: bool) -> Tensor | None:
-    if x.dim() < 2 or weight.dim() != 2:
+    if x.dim() < 2 or weight.dim() != 2 or capture.computed(weight, bias):
         return None
     uses = (
         capture.claim(weight, x.shape, "linear", same_shape=True, anywhere=True),

@@ -73,15 +73,19 @@ def meeting(func: Func, args: tuple[Any, ...], kwargs: dict[str, Any], shared: l
     """Return what the operation makes of these shared tensors, None if they cannot meet the batch in it."""
     if func not in _FUNCTIONS:
         return None
-    changed = getattr(func, "__name__", "")
-    if any(args[0] is tensor for tensor in shared) and (changed.endswith("_") and not changed.endswith("__")):
-        return None
-    if any(args[0] is tensor for tensor in shared) and changed.startswith("__i"):
+    if changes(func) and any(args[0] is tensor for tensor in shared):
         return None
     shape = _shape(func, args, kwargs)
     if not shape or any(tensor.dim() > len(shape) for tensor in shared):
         return None
     return Meeting(func, shape)
+
+
+def changes(func: Func) -> bool:
+    """Return whether a function of this name changes its first argument in place."""
+    name = getattr(func, "__name__", "")
+    special = name.startswith("__") and name.endswith("__")
+    return name == "__setitem__" or (name.startswith("__i") if special else name.endswith("_"))
 
 
 def _shape(func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:

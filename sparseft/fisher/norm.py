@@ -64,7 +64,7 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor | None:
-    if input.dim() <= len(normalized_shape):
+    if input.dim() <= len(normalized_shape) or capture.computed(weight, bias):
         return None
     uses = (
         capture.claim(weight, input.shape, "norm", same_shape=True, anywhere=True),

@@ -224,6 +224,7 @@ class _Isolation:
         plan = Plan(fallback={**capture.escaped(outputs), **mixed(capture.uses), **refused})
         plan.layouts = {(use.name, use.occurrence): use.layout for use in capture.uses}
         plan.fan_outs = {fan_out.key: fan_out.layout for fan_out in capture.shared.fan_outs}
+        capture.stop()
         return plan
 
     def _backpropagate(self, outputs: Tensor) -> None:

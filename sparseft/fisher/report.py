@@ -23,8 +23,8 @@ class FisherReport:
         positions: where the samples used stand in the data.
         dropped: where the samples stand that had a non-finite loss or gradient; they count nowhere.
         rules: parameter name -> the rules that served it: "linear", "conv", "experts", "bmm", "embedding",
-            "norm", "bias", "elementwise", "fallback" (autograd, one sample at a time), or "unused" (the loss does not
-            depend on it).
+            "norm", "bias", "elementwise", "data" (a small parameter that is itself the data of an operation),
+            "fallback" (autograd, one sample at a time), or "unused" (the loss does not depend on it).
         fallback: parameter name -> why no rule could serve it.
         aliases: name of a tied parameter -> its other names.
         settings: the options that the scores depend on.

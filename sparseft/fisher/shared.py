@@ -13,6 +13,7 @@ no path to the parameters goes round a fan-out.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
 from sparseft.fisher.layout import Layout, by_sample
-from sparseft.fisher.meeting import Meeting, meeting
+from sparseft.fisher.meeting import Meeting, changes, meeting
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -118,8 +119,8 @@ class Shared:
 
     def __init__(self, capture: Capture) -> None:
         self.fan_outs: list[FanOut] = []
-        self.witness: Callable[[FanOut, Tensor], None] = lambda fan_out, grads: None
-        self._capture = capture
+        self.witness: Callable[[FanOut, Tensor], None]
+        self._capture: Capture = weakref.proxy(capture)  # which holds this
         self._entries: dict[int, _Entry] = {}
         self._occurrences: dict[frozenset[str], int] = {}
         self._received: dict[_Entry, Tensor] = {}
@@ -161,10 +162,13 @@ class Shared:
         known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
         if not known and not origin.names:
             return func(*args, **kwargs)
+        result = None
         if origin.source is not Source.BATCH:
             result = func(*args, **kwargs)
             if not any(tensor.requires_grad for tensor in tensors(result)):
                 return result
+            if changes(func):
+                return result if known else self.add(result, origin.names)
         shared = [*known, *(tensor for tensor in tensors((args, kwargs)) if self._entry(tensor) is not None)]
         met = meeting(func, args, kwargs, shared)
         if met is None and origin.source is Source.BATCH:
@@ -180,7 +184,8 @@ class Shared:
         if met is not None and fanned is not None:
             copies, axis = fanned
             return met.run(_replace(inner, copies), _replace(named, copies), axis)
-        result = func(*inner, **named)
+        if known or result is None:
+            result = func(*inner, **named)
         return result if origin.source is Source.BATCH else self.add(result, names)
 
     def receive(self, fan_out: FanOut, entry: _Entry, grads: Tensor) -> None:
