@@ -191,6 +191,13 @@ class FramesFirst(Odd):
         return self.norm(self.conv(frames)).tanh().view(3, len(x), 6, -1).permute(1, 2, 0, 3)
 
 
+class Squeezed(Odd):
+    # as Mamba hands the weight of its convolution on
+    def odd(self, x):
+        weight = self.conv.weight.squeeze(1)
+        return F.conv1d(x.flatten(2), weight.unsqueeze(1), self.conv.bias, groups=C).repeat(1, 2, 1)[:, :6]
+
+
 class Computed(Odd):
     # a captured layer makes each sample's kernel
     def odd(self, x):
@@ -213,6 +220,7 @@ USES = {
         lambda: FramesFirst(conv=nn.Conv2d(C, 6, 3), norm=nn.BatchNorm2d(6)),
         {"conv.weight": "fallback", "conv.bias": "fallback", "norm.weight": "fallback", "norm.bias": "fallback"},
     ),
+    "a squeezed weight": (lambda: Squeezed(conv=nn.Conv1d(C, C, 3, groups=C)), {"conv.weight": "conv"}),
     "a kernel of each sample": (
         lambda: Computed(make=nn.Linear(C, 6 * C), bias=nn.Parameter(torch.randn(6))),
         {"make.weight": "linear", "bias": "fallback"},

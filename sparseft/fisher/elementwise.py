@@ -152,5 +152,8 @@ RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _add),
     **dict.fromkeys((torch.sub, _TENSOR.sub, _TENSOR.__sub__), _sub),
     _TENSOR.expand: _expand,
-    **{getattr(_TENSOR, name): _same(name) for name in ("float", "to", "type_as", "view", "reshape", "unsqueeze")},
+    **{
+        getattr(_TENSOR, name): _same(name)
+        for name in ("float", "to", "type_as", "view", "reshape", "squeeze", "unsqueeze")
+    },
 }
