@@ -42,7 +42,7 @@ class _Commands(TyperGroup):
             _fail(missing, 1, ctx.params["debug"])
 
 
-_ROWS = "a .jsonl, .json, .csv or .tsv file, or NAME[@CONFIG][:SPLIT] for the datasets library"
+_ROWS = "a .jsonl, .json, .csv or .tsv file, or a folder or NAME[@CONFIG][:SPLIT] for the datasets library"
 _Model = Annotated[str, typer.Argument(help="Folder or hub id of a transformers model.")]
 _Train = Annotated[str, typer.Option("--train", help=f"Rows to train on: {_ROWS}.")]
 _Output = Annotated[Path, typer.Option("--output", "-o", help="Folder to write; it must be new or empty.")]
@@ -84,8 +84,19 @@ def main() -> None:
     app()
 
 
+def _version(asked: bool) -> None:
+    if asked:
+        import sparseft
+
+        typer.echo(sparseft.__version__)
+        raise typer.Exit
+
+
 @app.callback()
-def _common(debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False) -> None:
+def _common(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", is_eager=True, callback=_version, help="Show it.")] = False,
+) -> None:
     """Fine-tune a model by changing 0.01-10 % of its weights in place.
 
     Each command prints one line of JSON to standard output. Exit codes: 0 done, 2 wrong input, 1 failure.
@@ -198,12 +209,16 @@ def merge(
 
 
 @app.command(epilog="Example: sparseft inspect rte-fish/delta.safetensors")
-def inspect(file: Annotated[Path, typer.Argument(help="Mask or delta file.")]) -> None:
+def inspect(
+    file: Annotated[Path, typer.Argument(help="Mask or delta file, or a folder that `sparseft train` wrote.")],
+) -> None:
     """Show what a mask or delta file holds."""
     with _results() as results:
         from sparseft.delta import Delta
+        from sparseft.integrations import checkpoint
         from sparseft.mask import Mask
 
+        file = file / checkpoint.DELTA if file.is_dir() else file
         try:
             kind, mask = "mask", Mask.load(file)
         except ValueError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -30,8 +31,11 @@ def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], he
         OSError: the file could not be written; `path` is untouched.
     """
     path = Path(path)
-    metadata = {"format": f"sparseft {kind} 1", "header": json.dumps(header)}
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"could not write {path}: there is no folder {path.parent}; make it first")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps(header)
+    metadata = {"format": f"sparseft {kind} 1", "header": text, "checksum": _checksum(plain, text)}
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
     try:
@@ -41,7 +45,7 @@ def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], he
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
     except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write {path}: {error}; nothing at that path was changed") from error
+        raise OSError(f"could not write {path}: {_reason(error)}; nothing at that path was changed") from error
     finally:
         Path(temporary).unlink(missing_ok=True)
 
@@ -51,7 +55,7 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not safetensors, is cut short, or holds something else than `kind`.
+        ValueError: the file is not safetensors, is damaged, or holds something else than `kind`.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"{path} is not a file")
@@ -59,13 +63,19 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
     try:
         with safe_open(str(path), framework="pt") as file:
             metadata = file.metadata() or {}
-            if metadata.get("format") != wanted:
-                found = metadata.get("format", "safetensors of another program")
-                raise ValueError(f"{path} must be a {wanted!r} file, got {found!r}")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(metadata["header"])
+            found = metadata.get("format", "")
+            if found != wanted:
+                other = repr(found) if found.startswith("sparseft") else "safetensors of another program"
+                raise ValueError(f"{path} must be a {wanted!r} file, got {other}")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+        text = metadata["header"]
+        # one flipped bit in a list of gaps would shift every position after it
+        if metadata["checksum"] != _checksum(tensors, text):
+            raise ValueError(f"{path} is damaged: its checksum is of other contents; fetch it again")
+        return tensors, json.loads(text)
     except (SafetensorError, json.JSONDecodeError, KeyError) as error:
         raise ValueError(
-            f"{path} is not a readable {kind} file ({error}); it may be cut short: fetch it again"
+            f"{path} is not a readable {kind} file ({error}); if it was one it is cut short: fetch it again"
         ) from error
 
 
@@ -95,6 +105,21 @@ def decode_indices(codes: Tensor, numel: int) -> Tensor:
     if len(positions) and (positions[-1] >= numel or bool((np.diff(positions) <= 0).any())):
         raise ValueError(f"indices must be sorted, unique and below {numel}; the file is damaged or was tampered with")
     return torch.from_numpy(positions).to(index_dtype(numel))
+
+
+def _checksum(tensors: dict[str, Tensor], header: str) -> str:
+    """Return a 128-bit blake2b hash of everything in a file."""
+    total = hashlib.blake2b(header.encode(), digest_size=16)
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        total.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _reason(error: Exception) -> str:
+    # not str(error), which names a temporary file
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _umask() -> int:

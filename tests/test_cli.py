@@ -248,6 +248,7 @@ def test_a_mask_selected_before_trains_the_same(bert, data, tmp_path):
     held = run("inspect", tmp_path / "a.mask")
     assert (held["kind"], held["k"], held["info"]["seed"]) == ("mask", chosen["k"], 3)
     assert run("inspect", tmp_path / "two" / "delta.safetensors")["kind"] == "delta"
+    assert run("inspect", tmp_path / "two")["kind"] == "delta"
 
 
 def test_include_and_exclude(bert, data, tmp_path):
@@ -367,7 +368,7 @@ def test_wrong_data_changes_nothing(bert, data, tmp_path, train, message):
 
 
 def test_wrong_models_change_nothing(bert, data, tmp_path):
-    assert "could not be loaded" in run("train", tmp_path / "nosuch", *data, "-o", tmp_path / "out", expect=2)
+    assert "is not a folder" in run("train", tmp_path / "nosuch", *data, "-o", tmp_path / "out", expect=2)
 
     cut = tmp_path / "cut"
     save_bert(cut)
@@ -391,13 +392,22 @@ def test_outputs_that_cannot_be_written(bert, data, tmp_path):
     assert (tmp_path / "file").read_text() == "mine"
 
 
+def test_merge_finds_its_base_from_any_folder(bert, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(bert.parent)
+    run("train", bert.name, *data, "--method", "random", "--max-steps", 1, "-o", tmp_path / "out")
+    monkeypatch.chdir(tmp_path)
+    run("merge", "out", "-o", "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
+
+
 def test_merge_refuses_what_does_not_fit(bert, data, tmp_path):
     run("train", bert, *data, "--method", "random", "--max-steps", 1, "-o", tmp_path / "out")
     delta = tmp_path / "out" / "delta.safetensors"
     other = save_bert(tmp_path / "other", seed=1)
     wrong = {
         "the base weights differ": ["merge", tmp_path / "out", "--base", other],
-        "could not be loaded": ["merge", tmp_path / "out", "--base", tmp_path / "nosuch"],
+        "is not a folder; give one that holds a model": ["merge", tmp_path / "out", "--base", tmp_path / "nosuch"],
+        "has no config.json in it": ["merge", tmp_path / "out", "--base", tmp_path],
         "does not exist": ["merge", tmp_path / "empty"],
         "must be empty or new": ["merge", tmp_path / "out", "-o", tmp_path / "out"],
     }

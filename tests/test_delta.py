@@ -136,6 +136,28 @@ def test_damaged_files_are_refused(tmp_path):
         sparseft.Delta.load(path)
 
 
+def test_a_flipped_bit_is_found_wherever_it_is(tmp_path):
+    base = base_model()
+    model, mask = fine_tuned(base)
+    path = tmp_path / "delta"
+    sparseft.save_delta(model, mask, path)
+    whole = path.read_bytes()
+    before = fingerprint(base)
+    for place in range(0, len(whole), 7):
+        damaged = bytearray(whole)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"is damaged|not a readable delta|must be a 'sparseft delta 1' file"):
+            sparseft.load_delta(base, path)
+    assert fingerprint(base) == before
+
+
+def test_a_folder_that_is_not_there_is_named(tmp_path):
+    model, mask = fine_tuned(base_model())
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
+        sparseft.save_delta(model, mask, tmp_path / "nowhere" / "delta")
+
+
 def test_a_pickle_is_never_opened(tmp_path):
     """A file that would run code when unpickled is refused as unreadable."""
     path, proof = tmp_path / "delta", tmp_path / "proof"

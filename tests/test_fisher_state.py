@@ -283,6 +283,7 @@ X, Y = torch.randn(5, 4), torch.randint(0, 3, (5,))
         ({"input": X, "labels": Y}, {}, TypeError, "in a list"),
         (X, {}, TypeError, "in a list"),
         ([(X, Y[:3])], {}, ValueError, "same leading size"),
+        ([(X, Y + 2)], {}, ValueError, "classes from 0 to 2, or -100 to ignore one, got [34]"),
         ([(X, "yes")], {}, TypeError, "tokenize"),
         ([(X, Y, Y)], {}, ValueError, "3 parts"),
         ([(X, Y)], {"samples": 0}, ValueError, "samples"),

@@ -397,3 +397,26 @@ def test_a_state_that_does_not_fit_changes_nothing(name):
 def test_repr_is_short():
     _, groups = model_and_groups()
     assert len(repr(sparseft.SparseAdamW(groups))) < 250
+
+
+def test_a_parameter_frozen_later_is_named_not_skipped_in_silence():
+    layers = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
+    optimizer = sparseft.SparseAdamW(layers.parameters())
+    layers[0].weight.requires_grad_(False)
+    layers(torch.ones(1, 4)).sum().backward()
+    with pytest.warns(UserWarning, match=r"shape \[3, 4\] with 12 selected entries is frozen"):
+        optimizer.step()
+
+
+def test_a_mask_in_place_of_its_groups_is_refused():
+    model = torch.nn.Linear(4, 3)
+    mask = sparseft.select("random", model, density=0.5, progress=False)
+    with pytest.raises(TypeError, match=r"give mask.param_groups\(model\)"):
+        sparseft.SparseAdamW(mask)
+
+
+def test_the_state_of_another_mask_is_refused():
+    model = torch.nn.Linear(4, 3)
+    one, other = (sparseft.SparseAdamW(params) for params in ([model.weight], [model.weight, model.bias]))
+    with pytest.raises(ValueError, match=r"groups of \[2\] parameters, got \[1\]; it was saved with another mask"):
+        other.load_state_dict(one.state_dict())

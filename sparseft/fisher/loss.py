@@ -133,7 +133,7 @@ class Objective:
             # a sample without a label has loss 0, not 0 / 0
             return _all_at_once(total if self._reduction == "sum" else total / scored.sum(1).clamp(min=1))
         if kind == "classes":
-            targets = labels.reshape(len(logits)).long()
+            targets = _checked_classes(labels.reshape(len(logits)), logits)
             return _all_at_once(F.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing))
         if self._smoothing:
             raise ValueError(f"label_smoothing is for cross-entropy over classes, got a {kind} head; leave it out")
@@ -232,6 +232,18 @@ def _output_losses(kind: str, logits: Tensor, labels: Tensor, likelihood: bool) 
     return squares.sum(1) / 2 if likelihood else squares.mean(1)
 
 
+def _checked_classes(targets: Tensor, logits: Tensor) -> Tensor:
+    """Return targets as int64, if each is a class of the logits or ignored; a GPU would abort the process instead."""
+    low, high = int(targets.min()), int(targets.max())
+    classes = logits.shape[-1]
+    if (low < 0 and low != -100) or high >= classes:
+        raise ValueError(
+            f"labels must be classes from 0 to {classes - 1}, or -100 to ignore one, got {low if low < 0 else high}; "
+            "check num_labels and the labels"
+        )
+    return targets.long()
+
+
 def _token_losses(kind: str, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the loss of every token, fp32 [N, T], 0 where it has no label, and which have one, bool [N, T]."""
     if labels.shape != logits.shape[:-1]:
@@ -241,6 +253,6 @@ def _token_losses(kind: str, logits: Tensor, labels: Tensor, smoothing: float) -
         )
     # shifting the labels, not the logits, saves a copy of the larger of the two
     targets = F.pad(labels[..., 1:], (0, 1), value=-100) if kind == "causal" else labels
-    flat = targets.flatten().long()
+    flat = _checked_classes(targets.flatten(), logits)
     losses = F.cross_entropy(logits.flatten(0, -2), flat, reduction="none", label_smoothing=smoothing)
     return losses.view(len(logits), -1), targets.ne(-100).flatten(1)

@@ -16,6 +16,7 @@ from sparseft.delta import Delta, save_delta
 from sparseft.integrations import strict_json
 from sparseft.integrations.examples import Splits
 from sparseft.integrations.inputs import Inputs
+from sparseft.integrations.models import check_source
 from sparseft.integrations.training import Result
 from sparseft.mask import Mask, versions
 
@@ -84,7 +85,7 @@ def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, optio
         else:
             model.config.architectures = [type(model).__name__]
             model.config.save_pretrained(temporary)
-            save_delta(model, mask, temporary / DELTA, {"base_model": inputs.source, "task": inputs.splits.task})
+            save_delta(model, mask, temporary / DELTA, {"base_model": _base(inputs), "task": inputs.splits.task})
         size = sum(path.stat().st_size for path in temporary.glob("*.safetensors"))
         results = {**_results(inputs, mask, run), **options, "checkpoint_bytes": size}
         inputs.loaded.tokenizer.save_pretrained(temporary)
@@ -118,12 +119,22 @@ def merge(source: Path, output: Path, base: str | None = None) -> dict[str, Any]
     base = base or delta.mask.info.get("base_model")
     if base is None:
         raise ValueError(f"{file} does not say which model it belongs to; name it with --base")
+    try:
+        check_source(base)
+    except ValueError as error:
+        raise ValueError(f"the base model is not there: {error}; name it with --base") from error
     model, tokenizer = _load_base(base, file.parent)
     delta.apply(model)
     with staged(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
     return {"base_model": base, "delta": file, "merged": delta.mask.trained, "output": output}
+
+
+def _base(inputs: Inputs) -> str:
+    # a relative path would mean something else elsewhere, or nothing, and then be taken for a hub id
+    folder = Path(inputs.source)
+    return str(folder.resolve()) if folder.is_dir() else inputs.source
 
 
 def _load_base(base: str, beside: Path) -> tuple[Any, Any]:

@@ -36,6 +36,7 @@ def load(source: str | Path, splits: Splits, *, seed: int = 0, dtype: str = "aut
     """
     import transformers
 
+    check_source(source)
     options: dict[str, Any] = {}
     if splits.task == "causal-lm":
         kind = transformers.AutoModelForCausalLM
@@ -58,6 +59,20 @@ def load(source: str | Path, splits: Splits, *, seed: int = 0, dtype: str = "aut
     positions = getattr(model.config, "max_position_embeddings", None)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions or tokenizer.model_max_length)
     return Loaded(model.eval(), tokenizer, _new_parameters(model, report, splits, source))
+
+
+def check_source(source: str | Path) -> None:
+    """Raise unless a model can be at a place: a folder with a config, or what may be a hub id.
+
+    Raises:
+        ValueError: a path without a folder, or a folder that holds no model.
+    """
+    path = Path(source)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"{source} must be the folder of a transformers model, but has no config.json in it")
+    elif path.exists() or isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise ValueError(f"{source} is not a folder; give one that holds a model, or a hub id (NAME or OWNER/NAME)")
 
 
 def quiet() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
@@ -57,6 +58,9 @@ class SparseOptimizer(torch.optim.Optimizer):
                 repeats or leaves its parameter.
         """
         indices = param_group.get("indices")
+        params = param_group["params"]
+        if isinstance(params, list) and any(isinstance(param, str) for param in params):
+            raise TypeError("params must be tensors or groups, got names; for a mask give mask.param_groups(model)")
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
@@ -90,9 +94,12 @@ class SparseOptimizer(torch.optim.Optimizer):
             ValueError: groups, parameters or index lists do not fit; nothing was changed.
         """
         saved_groups = state_dict["param_groups"]
-        if [len(group["params"]) for group in saved_groups] != [len(group["params"]) for group in self.param_groups]:
-            # torch words this error, and raises it before it changes anything
-            return super().load_state_dict(state_dict)
+        saved, own = ([len(group["params"]) for group in groups] for groups in (saved_groups, self.param_groups))
+        if saved != own:
+            raise ValueError(
+                f"the state must be of groups of {own} parameters, got {saved}; it was saved with another mask or "
+                "another model: build the optimizer from that mask"
+            )
         indices = [
             _checked_indices(group["params"], saved["indices"])
             for group, saved in zip(self.param_groups, saved_groups, strict=True)
@@ -174,6 +181,12 @@ def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], 
             params.append(param)
             grads.append(grad)
             indices.append(index)
+        elif index.numel() and not param.requires_grad:
+            warnings.warn(
+                f"a parameter of shape {list(param.shape)} with {index.numel()} selected entries is frozen "
+                "(requires_grad=False) and does not train; unfreeze it, or select again without it",
+                stacklevel=5,
+            )
     return params, grads, indices
 
 
