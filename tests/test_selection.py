@@ -100,7 +100,7 @@ def test_data_that_cannot_choose_is_refused(name):
 
 def test_samples_that_are_not_finite_are_left_out_and_counted():
     data = batches()
-    data[0][0][3, 0] = float("inf")
+    data[0][0][3, 0] = float("nan")
     mask = sparseft.select("fish", classifier(), data, k=50)
     assert mask.info["dropped"] == [3]
     assert mask.info["samples"] == 20
