@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-# tiles of the weight that share rows of x and dy run next to each other: this many rows of tiles at a time
-_GROUP_O = 8
+from sparseft.kernels import tiles
+from sparseft.kernels.fisher_tile import add_tile, widen_span
 
-
-@triton.jit
-def _tile_position(out_features, in_features, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP_O: tl.constexpr):
-    tiles_o, tiles_i = tl.cdiv(out_features, BLOCK_O), tl.cdiv(in_features, BLOCK_I)
-    program = tl.program_id(0)
-    first_o = program // (GROUP_O * tiles_i) * GROUP_O
-    group_o = tl.minimum(tiles_o - first_o, GROUP_O)
-    within = program % (GROUP_O * tiles_i)
-    return first_o + within % group_o, within // group_o
+# what a program that looks for the ends of padding reads of dy at a time
+SPAN_TOKENS, SPAN_FEATURES = 16, 256
 
 
 # batches differ in these two from step to step; compiling for their values would stall training
@@ -30,7 +21,12 @@ def _fisher_linear_kernel(
     fisher,
     x,
     dy,
+    x_descriptor,
+    dy_descriptor,
+    spans,
     sample_weight,
+    partial,
+    selected,
     n_samples,
     n_tokens,
     out_features,
@@ -48,144 +44,184 @@ def _fisher_linear_kernel(
     SQUARED: tl.constexpr,
     UPCAST: tl.constexpr,
 ):
-    """One program owns one tile of `fisher` for all samples: no atomics, the same bits every time.
-
-    SQUARED: x and dy hold squares already. UPCAST: multiply in fp32, for the interpreter.
-    """
-    tile_o, tile_i = _tile_position(out_features, in_features, BLOCK_O, BLOCK_I, GROUP_O)
-    o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
-    t = tl.arange(0, BLOCK_T)
-    inside_o, inside_i = o < out_features, i < in_features
-    dy_tile = dy + t[:, None].to(tl.int64) * dy_stride_t + o[None, :]
-    x_tile = x + t[:, None].to(tl.int64) * x_stride_t + i[None, :]
-    blocks = tl.cdiv(n_tokens, BLOCK_T)
-    grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    total = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    # One loop over the token blocks of all samples: with a loop a sample, the pipeline of loads would drain each time.
-    # Nothing that steers it is loaded inside, because such a load would wait for all those in flight.
-    for block in tl.range(0, n_samples * blocks):
-        n = (block // blocks).to(tl.int64)
-        first = (block % blocks * BLOCK_T).to(tl.int64)
-        present = (t < n_tokens - first)[:, None]
-        dy_block = tl.load(
-            dy_tile + (n * dy_stride_n + first * dy_stride_t), mask=present & inside_o[None, :], other=0.0
-        )
-        x_block = tl.load(x_tile + (n * x_stride_n + first * x_stride_t), mask=present & inside_i[None, :], other=0.0)
-        if UPCAST:
-            dy_block, x_block = dy_block.to(tl.float32), x_block.to(tl.float32)
-        grad = tl.dot(tl.trans(dy_block), x_block, grad, input_precision="ieee")
-        if first + BLOCK_T >= n_tokens:
-            squared = grad if SQUARED else grad * grad
-            if sample_weight is not None:
-                squared *= tl.load(sample_weight + n)
-            total += squared
-            grad = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    address = fisher + o[:, None].to(tl.int64) * fisher_stride_o + i[None, :].to(tl.int64) * fisher_stride_i
-    inside = inside_o[:, None] & inside_i[None, :]
-    tl.store(address, tl.load(address, mask=inside, other=0.0) + total, mask=inside)
+    """One program owns one tile of `fisher`. partial: fp32 [tiles, N]."""
+    tile = tl.program_id(0)
+    if partial is not None:
+        partial += tile.to(tl.int64) * n_samples
+    add_tile(
+        fisher,
+        x,
+        dy,
+        x_descriptor,
+        dy_descriptor,
+        spans,
+        sample_weight,
+        partial,
+        selected,
+        tile,
+        (n_samples, n_tokens, out_features, in_features),
+        (fisher_stride_o, fisher_stride_i),
+        (x_stride_n, x_stride_t, dy_stride_n, dy_stride_t),
+        BLOCK_O,
+        BLOCK_I,
+        BLOCK_T,
+        GROUP_O,
+        SQUARED,
+        UPCAST,
+    )
 
 
-def fisher_linear_(fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor | None = None) -> None:
+@triton.jit(do_not_specialize=["n_tokens"])
+def _fisher_linear_spans_kernel(
+    spans, dy, n_tokens, out_features, dy_stride_n, dy_stride_t, TOKENS: tl.constexpr, FEATURES: tl.constexpr
+):
+    """One program reads TOKENS tokens of one sample."""
+    n = tl.program_id(0).to(tl.int64)
+    first = tl.program_id(1) * TOKENS
+    widen_span(spans + 2 * n, dy + n * dy_stride_n, first, n_tokens, out_features, dy_stride_t, TOKENS, FEATURES)
+
+
+def fisher_linear_(
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    sample_weight: Tensor | None = None,
+    scores: Tensor | None = None,
+    selected: Tensor | None = None,
+) -> None:
     """Add `sum_n w_n * (sum_t dy[n,t,:] outer x[n,t,:])**2` to the running Fisher diagonal of a Linear weight.
 
     fisher: fp32 [O, I]; x: [N, T, I]; dy: [N, T, O], same dtype as x (fp32, bf16, fp16); sample_weight: fp32 [N] or
-    None for ones. Accumulates in fp32; fp32 inputs are multiplied in fp32, never in TF32, which keeps three digits.
-    x and dy may have any strides over samples and tokens; where the features are not contiguous, a copy is made.
+    None for ones. scores: fp32 [N], to which each sample's squares are added, unweighted, summed over the entries
+    where `selected`, bool [O, I], is true, or over all. Tokens at either end of a sample whose row of dy is zero cost
+    nothing and count nothing, whatever x holds there. Accumulates in fp32; fp32 inputs are multiplied in fp32, never
+    in TF32, which keeps three digits. x and dy may have any strides over samples and tokens; where the features are
+    not contiguous, a copy is made.
     Source: FISH Mask, arXiv 2111.09839, equation 4, for one layer.
     """
-    _check(fisher, x, dy, sample_weight)
+    _check(fisher, x, dy, sample_weight, scores, selected)
     if not (fisher.numel() and x.shape[0] and x.shape[1]):
         return
-    squared = x.shape[1] == 1
+    squared = x.shape[1] == 1 and scores is None
     if squared:
-        # the square of an outer product is the outer product of the squares: one product serves all samples, which
-        # become the tokens of one
-        x, dy = (tensor.float().square().transpose(0, 1) for tensor in (x, dy))
-        if sample_weight is not None:
-            dy, sample_weight = dy * sample_weight[:, None], None
+        x, dy = squared_inputs(x, dy, sample_weight)
+        sample_weight = None
     x, dy = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (x, dy))
-    launch(fisher, x, dy, sample_weight, choose_tile(fisher, x, dy), squared)
+    if selected is not None:
+        selected = selected.contiguous()
+    tile = tiles.choose([(x, dy)], selected is not None)
+    launch(fisher, x, dy, sample_weight, tile, squared=squared, scores=scores, selected=selected)
 
 
-class Tile(NamedTuple):
-    """What a program computes, [block_o, block_i], how many tokens it loads at a time, and its resources."""
+def squared_inputs(x: Tensor, dy: Tensor, sample_weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Return squares of x and dy of single tokens, [N, 1, features], as the tokens of one sample, [1, N, features].
 
-    block_o: int
-    block_i: int
-    block_t: int
-    num_warps: int
-    num_stages: int
-
-
-def tiles(dtype: torch.dtype, aligned: bool, block_t: int) -> tuple[Tile, ...]:
-    """Return the tiles there are, largest first; 16-bit inputs are loaded `block_t` tokens at a time.
-
-    A table rather than autotuning: tuning would run on the caller's `fisher` and stall at every new layer shape, and
-    the choice follows from few facts. Two fp32 tiles stay in registers, which bounds the tile at 128 x 128. Without
-    alignment to 16 elements every element has an address of its own: small tiles, more warps.
+    The square of an outer product is the outer product of the squares: one product serves all samples.
     """
-    if dtype == torch.float32:
-        return (Tile(64, 64, 16, 4 if aligned else 8, 3),)
-    if not aligned:
-        return (Tile(64, 64, 32, 8, 3),)
-    return Tile(128, 128, block_t, 8, 3), Tile(64, 128, block_t, 4, 3), Tile(64, 64, block_t, 4, 4)
-
-
-def choose_tile(fisher: Tensor, x: Tensor, dy: Tensor) -> Tile:
-    """Return the largest tile of which there is one for every multiprocessor, or else the smallest."""
-    hopper, multiprocessors = _gpu(x.device)
-    sizes = (*fisher.shape, *x.stride()[:2], *dy.stride()[:2])
-    # what Triton looks at before it merges loads into 16-byte ones
-    aligned = not any(size % 16 for size in (*sizes, x.data_ptr(), dy.data_ptr()))
-    # before Hopper, 64 tokens at a time would take more registers than there are
-    choices = tiles(x.dtype, aligned, block_t=64 if hopper and x.shape[1] > 32 else 32)
-    return next((tile for tile in choices if _programs(fisher, tile) >= multiprocessors), choices[-1])
+    # zeros of dy count nothing, also where x is infinite
+    x = x.float().square().masked_fill(~dy.any(-1, keepdim=True), 0.0)
+    if sample_weight is not None:
+        x = x * sample_weight[:, None, None]
+    return x.transpose(0, 1), dy.float().square().transpose(0, 1)
 
 
 def launch(
-    fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor | None, tile: Tile, squared: bool = False
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    sample_weight: Tensor | None,
+    tile: tiles.Tile,
+    *,
+    squared: bool = False,
+    scores: Tensor | None = None,
+    selected: Tensor | None = None,
 ) -> None:
-    """Launch the kernel with one tile; x and dy [N, T, features] with contiguous features, N and T at least 1."""
+    """Launch the kernels with one tile; x and dy [N, T, features] with contiguous features, N and T at least 1."""
+    n_samples, n_tokens = x.shape[:2]
+    programs = tile.programs(*fisher.shape)
+    spans = find_spans(dy)
+    partial = None if scores is None else torch.empty(programs, n_samples, device=x.device)
+    descriptors = (None, None)
+    if selected is None and tiles.has_descriptors(x, dy):
+        descriptors = (_descriptor(x, tile.block_t, tile.block_i), _descriptor(dy, tile.block_t, tile.block_o))
     with torch.cuda.device_of(fisher):
-        _fisher_linear_kernel[(_programs(fisher, tile),)](
+        _fisher_linear_kernel[(programs,)](
             fisher,
             x,
             dy,
+            *descriptors,
+            spans,
             sample_weight,
-            x.shape[0],
-            x.shape[1],
+            partial,
+            selected,
+            n_samples,
+            n_tokens,
             *fisher.shape,
             *fisher.stride(),
             *x.stride()[:2],
             *dy.stride()[:2],
-            BLOCK_O=tile.block_o,
-            BLOCK_I=tile.block_i,
-            BLOCK_T=tile.block_t,
-            GROUP_O=_GROUP_O,
-            SQUARED=squared,
-            # the interpreter's tl.dot multiplies the bit patterns of bf16 numbers
-            UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
+            **tiles.constants(x, tile, squared),
+        )
+    if scores is not None:
+        scores += partial.sum(0)
+
+
+def find_spans(dy: Tensor) -> Tensor:
+    """Return, for each sample, how far its outermost tokens with a row of dy that is not zero are from either end.
+
+    int32 [N, 2]: tokens from the first of them to the end, and from the beginning to the last of them. 0 without any.
+    """
+    n_samples, n_tokens, out_features = dy.shape
+    spans = torch.zeros(n_samples, 2, dtype=torch.int32, device=dy.device)
+    with torch.cuda.device_of(dy):
+        _fisher_linear_spans_kernel[(n_samples, triton.cdiv(n_tokens, SPAN_TOKENS))](
+            spans,
+            dy,
+            n_tokens,
+            out_features,
+            *dy.stride()[:2],
+            TOKENS=SPAN_TOKENS,
+            FEATURES=SPAN_FEATURES,
+            num_warps=4,
             enable_fp_fusion=True,
         )
+    return spans
 
 
-def _programs(fisher: Tensor, tile: Tile) -> int:
-    return triton.cdiv(fisher.shape[0], tile.block_o) * triton.cdiv(fisher.shape[1], tile.block_i)
+def _descriptor(tensor: Tensor, block_t: int, block_features: int) -> TensorDescriptor:
+    return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [1, block_t, block_features])
 
 
-@functools.lru_cache
-def _gpu(device: torch.device) -> tuple[bool, int]:
-    if device.type != "cuda":  # the interpreter: any answer gives the same numbers
-        return True, 132
-    properties = torch.cuda.get_device_properties(device)
-    # consumer chips after Hopper (compute capability 12) have Ampere's tensor core instructions
-    return properties.major in (9, 10), properties.multi_processor_count
+def _check(
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    sample_weight: Tensor | None,
+    scores: Tensor | None,
+    selected: Tensor | None,
+) -> None:
+    check_layer(fisher, x, dy)
+    for name, tensor in (("sample_weight", sample_weight), ("scores", scores)):
+        if tensor is None:
+            continue
+        if tensor.dtype != torch.float32 or tensor.shape != x.shape[:1] or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be contiguous float32 [N] = [{x.shape[0]}], got {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    if selected is not None:
+        if scores is None:
+            raise ValueError("selected restricts scores, got no scores; pass them, or leave selected out")
+        if selected.dtype != torch.bool or selected.shape != fisher.shape:
+            raise ValueError(
+                f"selected must be bool [O, I] = {tuple(fisher.shape)}, got {selected.dtype} {tuple(selected.shape)}"
+            )
+    for name, tensor in (("sample_weight", sample_weight), ("scores", scores), ("selected", selected)):
+        if tensor is not None and tensor.device != fisher.device:
+            raise ValueError(f"{name} must be on fisher's device {fisher.device}, got {tensor.device}; move it there")
 
 
-def _check(fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor | None) -> None:
+def check_layer(fisher: Tensor, x: Tensor, dy: Tensor) -> None:
+    """Raise unless the three fit each other."""
     if x.dtype not in (torch.float32, torch.bfloat16, torch.float16) or dy.dtype != x.dtype:
         raise TypeError(f"x and dy must both be fp32, bf16 or fp16, got {x.dtype} and {dy.dtype}; cast them first")
     if fisher.dtype != torch.float32:
@@ -194,13 +230,6 @@ def _check(fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor | None) 
         raise ValueError(f"x and dy must be [N, T, I] and [N, T, O], got {tuple(x.shape)} and {tuple(dy.shape)}")
     if fisher.shape != (dy.shape[2], x.shape[2]):
         raise ValueError(f"fisher must be [O, I] = {(dy.shape[2], x.shape[2])}, got {tuple(fisher.shape)}")
-    if sample_weight is not None and (
-        sample_weight.dtype != torch.float32 or sample_weight.shape != x.shape[:1] or not sample_weight.is_contiguous()
-    ):
-        raise ValueError(
-            f"sample_weight must be contiguous float32 [N] = [{x.shape[0]}], got {sample_weight.dtype} "
-            f"{tuple(sample_weight.shape)}"
-        )
-    for name, tensor in (("x", x), ("dy", dy), ("sample_weight", sample_weight)):
-        if tensor is not None and tensor.device != fisher.device:
+    for name, tensor in (("x", x), ("dy", dy)):
+        if tensor.device != fisher.device:
             raise ValueError(f"{name} must be on fisher's device {fisher.device}, got {tensor.device}; move it there")

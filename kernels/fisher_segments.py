@@ -7,20 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels import fisher_linear
-
-# tiles of a slab that share rows of x and dy run next to each other: this many rows of tiles at a time
-_GROUP_O = 8
-
-
-@triton.jit
-def _tile_position(out_features, in_features, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, GROUP_O: tl.constexpr):
-    tiles_o, tiles_i = tl.cdiv(out_features, BLOCK_O), tl.cdiv(in_features, BLOCK_I)
-    program = tl.program_id(0)
-    first_o = program // (GROUP_O * tiles_i) * GROUP_O
-    group_o = tl.minimum(tiles_o - first_o, GROUP_O)
-    within = program % (GROUP_O * tiles_i)
-    return first_o + within % group_o, within // group_o
+from sparseft.kernels import tiles
+from sparseft.kernels.fisher_tile import tile_position
 
 
 @triton.jit
@@ -51,7 +39,7 @@ def _fisher_segments_kernel(
     interpreter.
     """
     group = tl.program_id(1)
-    tile_o, tile_i = _tile_position(out_features, in_features, BLOCK_O, BLOCK_I, GROUP_O)
+    tile_o, tile_i = tile_position(tl.program_id(0), out_features, in_features, BLOCK_O, BLOCK_I, GROUP_O)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
     i = tile_i * BLOCK_I + tl.arange(0, BLOCK_I)
     t = tl.arange(0, BLOCK_T)
@@ -113,16 +101,15 @@ def fisher_segments_(
     launch(slabs, x, dy, offsets, groups, weight, choose_tile(slabs, x, dy, offsets.numel() - 1))
 
 
-def choose_tile(slabs: Tensor, x: Tensor, dy: Tensor, segments: int) -> fisher_linear.Tile:
+def choose_tile(slabs: Tensor, x: Tensor, dy: Tensor, segments: int) -> tiles.Tile:
     """Return the largest tile of which there is one for every multiprocessor, or else the smallest."""
-    hopper, multiprocessors = fisher_linear._gpu(x.device)
-    sizes = (*slabs.shape[1:], x.stride(0), dy.stride(0), x.data_ptr(), dy.data_ptr())
-    aligned = not any(size % 16 for size in sizes)
+    hopper, multiprocessors = tiles.gpu(x.device)
     # the rows of a segment beyond a multiple of this are multiplied as zeros
     rows = x.shape[0] // segments
     block_t = 16 if rows <= 16 else 32 if rows <= 32 or not hopper else 64
-    choices = fisher_linear.tiles(x.dtype, aligned, block_t)
-    return next((tile for tile in choices if _tiles(slabs, tile) * slabs.shape[0] >= multiprocessors), choices[-1])
+    choices = tiles.available(x.dtype, tiles.aligned(x[None], dy[None]), block_t)
+    enough = (tile for tile in choices if slabs.shape[0] * tile.programs(*slabs.shape[1:]) >= multiprocessors)
+    return next(enough, choices[-1])
 
 
 def launch(
@@ -132,12 +119,12 @@ def launch(
     offsets: Tensor,
     groups: Tensor | None,
     weight: Tensor | None,
-    tile: fisher_linear.Tile,
+    tile: tiles.Tile,
 ) -> None:
     """Launch the kernel with one tile; slabs [G, O, I]; x and dy [M, features], features contiguous; M and S >= 1."""
     blocks, group_starts = block_table(offsets, groups, slabs.shape[0], x.shape[0], tile.block_t)
     with torch.cuda.device_of(slabs):
-        _fisher_segments_kernel[(_tiles(slabs, tile), slabs.shape[0])](
+        _fisher_segments_kernel[(tile.programs(*slabs.shape[1:]), slabs.shape[0])](
             slabs,
             x,
             dy,
@@ -151,7 +138,7 @@ def launch(
             BLOCK_O=tile.block_o,
             BLOCK_I=tile.block_i,
             BLOCK_T=tile.block_t,
-            GROUP_O=_GROUP_O,
+            GROUP_O=tiles.GROUP_O,
             # the interpreter's tl.dot multiplies the bit patterns of bf16 numbers
             UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
             num_warps=tile.num_warps,
@@ -184,10 +171,6 @@ def block_table(
     blocks = torch.stack([begins[position] + done, left.clamp(0, block_t), closes], 1).int()
     first = torch.searchsorted(groups, torch.arange(n_groups + 1, device=device))
     return blocks, torch.cat([ends.new_zeros(1), ends])[first].int()
-
-
-def _tiles(slabs: Tensor, tile: fisher_linear.Tile) -> int:
-    return triton.cdiv(slabs.shape[1], tile.block_o) * triton.cdiv(slabs.shape[2], tile.block_i)
 
 
 def _check(

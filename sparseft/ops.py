@@ -19,7 +19,9 @@ from sparseft import reference
 
 _OPTIMIZER_TAIL = "bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 SCHEMAS = {
-    "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None) -> ()",
+    "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None, "
+    "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
+    "fisher_linears_": "(Tensor(a!)[] fishers, Tensor[] xs, Tensor[] dys) -> ()",
     "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
     "fisher_segments_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor offsets, Tensor? groups=None, "
     "Tensor? weight=None) -> ()",

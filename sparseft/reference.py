@@ -12,18 +12,40 @@ import torch
 from torch import Tensor
 
 
-def fisher_linear_(fisher: Tensor, x: Tensor, dy: Tensor, sample_weight: Tensor | None = None) -> None:
+def fisher_linear_(
+    fisher: Tensor,
+    x: Tensor,
+    dy: Tensor,
+    sample_weight: Tensor | None = None,
+    scores: Tensor | None = None,
+    selected: Tensor | None = None,
+) -> None:
     """Add `sum_n w_n * (sum_t dy[n,t,:] outer x[n,t,:])**2` to the running Fisher diagonal of a Linear weight.
 
     fisher: fp32 [O, I]; x: [N, T, I]; dy: [N, T, O], same dtype as x (fp32, bf16, fp16); sample_weight: fp32 [N] or
-    None for ones. Accumulates in fp32. Units: (loss / parameter)**2, of the loss whose gradient dy is: pass the
-    gradient of per-sample losses that were summed, not averaged, over the batch.
+    None for ones. scores: fp32 [N], to which each sample's squares are added, unweighted, summed over the entries
+    where `selected`, bool [O, I], is true, or over all. Tokens at either end of a sample whose row of dy is zero, as
+    padding's is, count nothing, whatever x holds there. Accumulates in fp32. Units: (loss / parameter)**2, of the loss
+    whose gradient dy is: pass the gradient of per-sample losses that were summed, not averaged, over the batch.
     Source: FISH Mask, arXiv 2111.09839, equation 4, for one layer.
     """
     for n in range(x.shape[0]):
-        grad = _wide(dy[n]).T @ _wide(x[n])
-        weight = 1.0 if sample_weight is None else sample_weight[n]
-        fisher += weight * grad.square()
+        tokens = dy[n].ne(0).any(1).nonzero().flatten().tolist() or [0, -1]
+        span = slice(tokens[0], tokens[-1] + 1)
+        squares = (_wide(dy[n, span]).T @ _wide(x[n, span])).square()
+        fisher += (1.0 if sample_weight is None else sample_weight[n]) * squares
+        if scores is not None:
+            scores[n] += (squares if selected is None else squares[selected]).sum()
+
+
+def fisher_linears_(fishers: list[Tensor], xs: list[Tensor], dys: list[Tensor]) -> None:
+    """Do what `fisher_linear_(fisher, x, dy)` does, for every layer of three lists.
+
+    Layers may differ in sizes and dtypes; no two of fishers may share memory. One call serves many small layers, each
+    of which alone would leave most of a processor idle.
+    """
+    for fisher, x, dy in zip(fishers, xs, dys, strict=True):
+        fisher_linear_(fisher, x, dy)
 
 
 def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:

@@ -60,6 +60,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
     generator = torch.Generator().manual_seed(0)
     makers = {
         "fisher_linear_": _fisher_linear_inputs,
+        "fisher_linears_": _fisher_linears_inputs,
         "fisher_segments_": _fisher_segments_inputs,
         "outer_at": _outer_at_inputs,
         "topk_indices": _topk_inputs,
@@ -76,8 +77,12 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
     """Call an op on a copy of the sample and return all it returned or changed, in a fixed order."""
     call = sample.clone()
     result = function(*call.args, **call.kwargs)
-    if op in ("fisher_linear_", "fisher_segments_"):
+    if op == "fisher_linear_":
+        return [call.args[0], *call.args[4:5]]
+    if op == "fisher_segments_":
         return [call.args[0]]
+    if op == "fisher_linears_":
+        return list(call.args[0])
     if op == "outer_at":
         return [result]
     if op in ("topk_indices", "gather"):
@@ -167,6 +172,38 @@ def _fisher_linear_inputs(generator: torch.Generator, dtype: torch.dtype) -> Ite
     yield Sample("no token", (start, x[:, :0], dy[:, :0]))
     yield Sample("strided x and dy", (start, x.transpose(0, 1).contiguous().transpose(0, 1), dy.expand(n, t, o)))
     yield Sample("broadcast dy, stride 0", (start, x, dy[:, :1].expand(n, t, o)))
+    scores, weight = torch.rand(n, generator=generator), torch.tensor([0.5, 0.0, 2.0])
+    selected = torch.rand(o, i, generator=generator) < 0.3
+    yield Sample("scores", (start, x, dy, None, scores))
+    yield Sample("scores of selected entries, weights", (start, x, dy, weight, scores, selected))
+    yield Sample("scores of single tokens", (start, x[:, :1], dy[:, :1], weight, scores, selected))
+    yield Sample("nothing selected", (start, x, dy, None, scores, selected & ~selected))
+    yield from _padded_inputs(generator, dtype)
+
+
+def _padded_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    """Samples of 37, 64, 20, 1 and no tokens of 64, and single tokens; x is not finite where dy is zero."""
+    x, dy = _randn(generator, 5, 64, 48).to(dtype), _randn(generator, 5, 64, 80).to(dtype)
+    for n, (first, end) in enumerate([(0, 37), (0, 64), (44, 64), (30, 31), (0, 0)]):
+        for outside in (slice(0, first), slice(end, 64)):
+            dy[n, outside], x[n, outside] = -0.0, float("nan")
+    dy[1, 20:50] = 0  # no padding: between tokens that count
+    fisher, scores = torch.zeros(80, 48), torch.zeros(5)
+    selected = torch.rand(80, 48, generator=generator) < 0.5
+    yield Sample("padding", (fisher, x, dy))
+    yield Sample("padding, scores", (fisher, x, dy, None, scores))
+    yield Sample(
+        "padding, scores of selected entries", (fisher, x, dy, torch.rand(5, generator=generator), scores, selected)
+    )
+    yield Sample("padding on the left", (fisher, x[1:3], dy[1:3]))
+    yield Sample("padding of single tokens", (fisher, x[:, 40:41], dy[:, 40:41]))
+
+
+def _fisher_linears_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    layers = [sample.args[:3] for sample in _fisher_linear_inputs(generator, dtype)]
+    fishers, xs, dys = (list(tensors) for tensors in zip(*layers, strict=True))
+    yield Sample("layers of many sizes", ([fisher.clone() for fisher in fishers], xs, dys))
+    yield Sample("no layer", ([], [], []))
 
 
 def _outer_at_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

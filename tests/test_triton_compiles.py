@@ -21,12 +21,16 @@ from typing import Any
 
 import pytest
 import torch
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sparseft import ops, testing
 
 ARCHITECTURES = (80, 90)
-KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + ["_histogram_kernel", "_count_kernel"]
-FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_segments_kernel"]
+HELPERS = ["_histogram_kernel", "_count_kernel", "_fisher_linear_spans_kernel", "_fisher_linears_spans_kernel"]
+KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + HELPERS
+FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_linears_kernel", "_fisher_segments_kernel"]
+TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -40,11 +44,18 @@ class Recorder:
         return self.record
 
     def record(
-        self, *args: Any, num_warps: int = 4, num_stages: int = 3, enable_fp_fusion: bool, **kwargs: Any
+        self,
+        *args: Any,
+        num_warps: int = 4,
+        num_stages: int = 3,
+        maxnreg: int | None = None,
+        enable_fp_fusion: bool,
+        **kwargs: Any,
     ) -> None:
         values = dict(zip(self.kernel.arg_names, args), **kwargs)  # noqa: B905
         assert values.keys() == set(self.kernel.arg_names)
         options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": enable_fp_fusion}
+        options |= {} if maxnreg is None else {"maxnreg": maxnreg}
         types = {param.name: specialize(values[param.name], param) for param in self.kernel.params}
         self.launches[str((types, options))] = (types, options)
 
@@ -54,9 +65,9 @@ def specialize(value: Any, param: Any) -> tuple[str, Any]:
     if param.is_constexpr or value is None:
         return "constexpr", value
     if isinstance(value, torch.Tensor):
-        names = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-        names |= {torch.int32: "i32", torch.int64: "i64"}
-        return "*" + names[value.dtype], value.data_ptr() % 16 == 0
+        return "*" + TYPES[value.dtype], value.data_ptr() % 16 == 0
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{value.block_shape}>", False
     if isinstance(value, float):
         return "fp32", False
     if param.do_not_specialize:
@@ -65,10 +76,9 @@ def specialize(value: Any, param: Any) -> tuple[str, Any]:
 
 
 def launch_everything(architecture: int) -> None:
-    fisher_linear = importlib.import_module("sparseft.kernels.fisher_linear")
-    fisher_segments = importlib.import_module("sparseft.kernels.fisher_segments")
+    tiles = importlib.import_module("sparseft.kernels.tiles")
     hopper = architecture >= 90
-    fisher_linear._gpu = lambda device: (hopper, 132)
+    tiles.gpu = lambda device: (hopper, 132)
     for op in ops.SCHEMAS:
         launcher = getattr(importlib.import_module("sparseft.kernels"), op)
         for dtype in testing.DTYPES:
@@ -77,15 +87,30 @@ def launch_everything(architecture: int) -> None:
             for sample in itertools.islice(samples, 1 if dtype == torch.float16 else None):
                 launcher(*sample.args, **sample.kwargs)
     # sample inputs are too small for large tiles
-    for dtype in testing.DTYPES:
-        fisher, x, weight = torch.zeros(256, 256), torch.zeros(2, 64, 256, dtype=dtype), torch.ones(2)
-        for block_t in (32, 64) if hopper else (32,):
-            for tile in fisher_linear.tiles(dtype, True, block_t):
-                fisher_linear.launch(fisher, x, x, weight, tile)
-        rows, offsets, groups = x.flatten(0, 1), torch.tensor([0, 5, 128]), torch.tensor([1, 0])
+    for dtype in (torch.float32, torch.bfloat16):
         for block_t in (16, 32, 64) if hopper else (16, 32):
-            for tile in fisher_linear.tiles(dtype, True, block_t):
-                fisher_segments.launch(torch.zeros(2, 256, 256), rows, rows, offsets, groups, weight, tile)
+            launch_tiles(tiles, dtype, block_t)
+
+
+def launch_tiles(tiles: Any, dtype: torch.dtype, block_t: int) -> None:
+    """Launch what can be launched with blocks of `block_t` tokens, in all tiles."""
+    fisher_linear, fisher_linears, fisher_segments = (
+        importlib.import_module(f"sparseft.kernels.fisher_{name}") for name in ("linear", "linears", "segments")
+    )
+    fisher, x, weight = torch.zeros(256, 256), torch.zeros(2, 64, 256, dtype=dtype), torch.ones(2)
+    rows, offsets, groups = x.flatten(0, 1), torch.tensor([0, 5, 128]), torch.tensor([1, 0])
+    choose = tiles.choose
+    for tile in tiles.available(dtype, True, block_t):
+        fisher_segments.launch(torch.zeros(2, 256, 256), rows, rows, offsets, groups, weight, tile)
+        if block_t > 16:
+            fisher_linear.launch(fisher, x, x, None, tile)
+            fisher_linear.launch(fisher, x, x, weight, tile)
+            fisher_linear.launch(fisher, x, x, weight, tile, scores=weight)
+            tiles.choose = lambda layers, tile=tile: tile
+            fisher_linears.fisher_linears_([fisher], [x], [x])
+    tiles.choose = choose
+    for tile in tiles.available(dtype, True, block_t, selected=True) if block_t > 16 else ():
+        fisher_linear.launch(fisher, x, x, weight, tile, scores=weight, selected=fisher == 0)
 
 
 def compile_launch(kernel: Any, types: dict[str, tuple[str, Any]], options: dict[str, Any], architecture: int) -> Any:
@@ -124,6 +149,7 @@ def facts(compiled: Any) -> dict[str, Any]:
         "mma.sync": ptx.count("mma.sync"),
         "loops": ttgir.count("scf.for"),
         "loads in flight": max(map(int, re.findall(r"async_wait.*?num = (\d+)", ttgir)), default=0),
+        "descriptor loads": ptx.count("cp.async.bulk.tensor"),
     }
 
 
@@ -175,12 +201,23 @@ def test_kernel_stays_in_registers_and_shared_memory(kernel, architecture):
         assert variant["shared"] <= SHARED_MEMORY[architecture], variant
 
 
+def input_dtype(variant: dict[str, Any]) -> str:
+    described = variant["variant"]
+    return described["DTYPE"].split()[1] if "DTYPE" in described else described["x"].split()[0].lstrip("*")
+
+
+def aligned(variant: dict[str, Any]) -> bool:
+    described = variant["variant"]
+    names = ["ALIGNED"] if "ALIGNED" in described else ["out_features", "in_features"]
+    return all(described[name].endswith("True") for name in names)
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", FISHER_KERNELS)
 def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
     wanted, other = ("wgmma", "mma.sync") if architecture >= 90 else ("mma.sync", "wgmma")
-    variants = [v for v in variants_of(kernel, architecture) if "fp32" not in v["variant"]["x"]]
-    assert {variant["variant"]["x"].split()[0] for variant in variants} == {"*bf16", "*fp16"}
+    variants = [v for v in variants_of(kernel, architecture) if input_dtype(v) != "fp32"]
+    assert {input_dtype(variant) for variant in variants} == {"bf16", "fp16"}
     for variant in variants:
         assert variant[wanted] > 0, variant
         assert variant[other] == 0, variant
@@ -189,7 +226,7 @@ def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", FISHER_KERNELS)
 def test_fisher_of_fp32_inputs_is_never_rounded_to_tf32(kernel, architecture):
-    variants = [v for v in variants_of(kernel, architecture) if "fp32" in v["variant"]["x"]]
+    variants = [v for v in variants_of(kernel, architecture) if input_dtype(v) == "fp32"]
     assert variants
     for variant in variants:
         assert variant["wgmma"] == variant["mma.sync"] == 0, variant
@@ -198,13 +235,22 @@ def test_fisher_of_fp32_inputs_is_never_rounded_to_tf32(kernel, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("kernel", FISHER_KERNELS)
 def test_fisher_keeps_loads_in_flight_from_sample_to_sample(kernel, architecture):
+    """No loop a sample: one over all blocks, for pointers and for descriptors; linear ones count the blocks first."""
     variants = variants_of(kernel, architecture)
-    aligned = [v for v in variants if all(v["variant"][n].endswith("True") for n in ("out_features", "in_features"))]
-    assert aligned
+    assert any(map(aligned, variants))
     for variant in variants:
-        assert variant["loops"] == 1, variant
-    for variant in aligned:
-        assert variant["loads in flight"] > 0, variant
+        by_descriptor = variant["variant"].get("x_descriptor", "").startswith("tensordesc")
+        assert variant["loops"] == (1 if kernel == "_fisher_segments_kernel" else 2 + by_descriptor), variant
+        assert not aligned(variant) or variant["loads in flight"] > 0, variant
+        # one of x and one of dy where the loop begins, for each stage but the last, and in the loop
+        assert variant["descriptor loads"] == (2 * variant["variant"]["num_stages"] if by_descriptor else 0), variant
+
+
+def test_hopper_loads_aligned_inputs_of_16_bits_by_descriptor():
+    variants = [v for v in variants_of("_fisher_linear_kernel", 90) if input_dtype(v) == "bf16"]
+    by_descriptor = [v["variant"]["x_descriptor"].startswith("tensordesc") for v in variants]
+    assert any(by_descriptor)
+    assert by_descriptor == [aligned(v) and v["variant"]["selected"] == "constexpr None" for v in variants]
 
 
 if __name__ == "__main__":

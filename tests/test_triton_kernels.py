@@ -9,6 +9,7 @@ from sparseft import kernels, testing
 from sparseft.kernels import multi_tensor
 
 fisher_linear = importlib.import_module("sparseft.kernels.fisher_linear")
+tiles = importlib.import_module("sparseft.kernels.tiles")
 # without a GPU the kernels run in Triton's interpreter
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 FAR = 2**31 + 100
@@ -180,25 +181,115 @@ def test_topk_counts_scores_that_are_not_finite_and_only_them():
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("block_t", [32, 64])
-def test_fisher_is_the_same_from_every_tile(dtype, block_t):
+def test_fisher_is_the_same_from_every_tile(monkeypatch, dtype, block_t):
     """On a weight of more rows of tiles than are grouped, with sides that are no multiple of any tile."""
-    x, dy, weight = randn(2, 35, 70, dtype=dtype), randn(2, 35, 530, dtype=dtype), tensor([0.5, 2.0])
-    sample = testing.Sample("tiles", (torch.ones(530, 70, device=DEVICE), x, dy, weight))
+    monkeypatch.setattr(tiles, "GROUP_O", 2)
+    x, dy, weight = randn(2, 35, 70, dtype=dtype), randn(2, 35, 270, dtype=dtype), tensor([0.5, 2.0])
+    plain = testing.Sample("tiles", (torch.ones(270, 70, device=DEVICE), x, dy, weight))
+    scored = testing.Sample("tiles, scores", (*plain.args, weight.clone(), randn(270, 70) > 0))
     for aligned in (True, False):
-        for tile in fisher_linear.tiles(dtype, aligned, block_t):
-            testing.assert_matches_reference(
-                "fisher_linear_", lambda *args, tile=tile: fisher_linear.launch(*args, tile), sample
-            )
+        for sample in (plain, scored):
+            for tile in tiles.available(dtype, aligned, block_t, selected=sample is scored):
+                testing.assert_matches_reference("fisher_linear_", launcher(tile), sample)
+
+
+def launcher(tile):
+    """fisher_linear_ with one tile instead of a choice."""
+
+    def launch(fisher, x, dy, weight=None, scores=None, selected=None):
+        fisher_linear.launch(fisher, x, dy, weight, tile, scores=scores, selected=selected)
+
+    return launch
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("order", ["samples first", "tokens first"])
+def test_fisher_by_descriptors_and_by_pointers_is_the_same(monkeypatch, dtype, order):
+    """Whole blocks, the end of all tokens inside a block, padding that ends with a block, padding inside one."""
+    x, dy = randn(5, 100, 144, dtype=dtype), randn(5, 100, 48, dtype=dtype)
+    if order == "tokens first":
+        x, dy = (t.transpose(0, 1).contiguous().transpose(0, 1) for t in (x, dy))
+    dy[1, :36] = dy[2, 64:] = dy[3] = 0
+    assert tiles.has_descriptors(x, dy)
+    for cut in (False, True):
+        if cut:
+            dy[4, 70:], x[4, 70:] = 0, float("inf")
+        sample = testing.Sample("descriptors", (torch.zeros(48, 144, device=DEVICE), x, dy))
+        launch = launcher(tiles.available(dtype, True, 64)[1])
+        testing.assert_matches_reference("fisher_linear_", launch, sample)
+        by_descriptor = testing.observe("fisher_linear_", launch, sample)
+        with monkeypatch.context() as patch:
+            patch.setattr(tiles, "has_descriptors", lambda x, dy: False)
+            assert torch.equal(testing.observe("fisher_linear_", launch, sample)[0], by_descriptor[0])
+
+
+@pytest.mark.parametrize("spoil", ["stride 0", "odd features", "odd start", "fp32", "Ampere"])
+def test_descriptors_are_for_what_the_copy_engine_can_load(monkeypatch, spoil):
+    monkeypatch.setattr(tiles, "gpu", lambda device: (spoil != "Ampere", 132))
+    x, dy = (torch.empty(2, 10, 64, dtype=torch.bfloat16) for _ in range(2))
+    spoiled = {
+        "stride 0": x[:, :1].expand(2, 10, 64),
+        "odd features": x[..., :63],
+        "odd start": x[..., 1:],
+        "fp32": x.float(),
+        "Ampere": x,
+    }
+    assert tiles.has_descriptors(x, dy) == (spoil != "Ampere")
+    assert not tiles.has_descriptors(spoiled[spoil], dy)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("features", [1, 255, 256, 600])
+def test_spans_end_at_the_outermost_rows_that_are_not_zero(dtype, features):
+    """In every feature's place, also the last; a NaN is not zero, zeros of both signs are."""
+    dy = torch.zeros(6, 50, features, dtype=dtype, device=DEVICE)
+    dy[0] = 1
+    dy[1, 17, -1], dy[1, 33, features // 2] = 1e-7 if dtype != torch.float16 else 6e-8, -1
+    dy[2, 49, 0] = float("nan")
+    dy[3, 0, -1] = float("inf")
+    dy[4] = -0.0
+    dy[5, 15:17, -1] = 1
+    spans = fisher_linear.find_spans(dy)
+    first, end = 50 - spans[:, 0], spans[:, 1]
+    assert first.tolist() == [0, 17, 49, 0, 50, 15]
+    assert end.tolist() == [50, 34, 50, 1, 0, 17]
 
 
 def test_fisher_takes_the_largest_tile_that_occupies_the_gpu(monkeypatch):
-    monkeypatch.setattr(fisher_linear, "_gpu", lambda device: (True, 132))
+    monkeypatch.setattr(tiles, "gpu", lambda device: (True, 132))
     wanted = {(3072, 768): (128, 128, 64), (1536, 768): (64, 128, 64), (256, 256): (64, 64, 64)}
     for (o, i), tile in wanted.items():
         x, dy = torch.empty(1, 100, i, dtype=torch.bfloat16), torch.empty(1, 100, o, dtype=torch.bfloat16)
-        assert fisher_linear.choose_tile(torch.empty(o, i), x, dy)[:3] == tile
-        assert fisher_linear.choose_tile(torch.empty(o, i), x[:, :20], dy[:, :20])[2] == 32
-    assert fisher_linear.choose_tile(torch.empty(3072, 768), x[..., 1:], dy)[:3] == (64, 64, 32)
+        assert tiles.choose([(x, dy)])[:3] == tile
+        assert tiles.choose([(x[:, :20], dy[:, :20])])[2] == 32
+        assert tiles.choose([(x[:, :20], dy[:, :20])], selected=True)[:3] == (64, 64, 32)
+    assert tiles.choose([(x, dy)] * 20)[:3] == (64, 128, 64)
+    x, dy = torch.empty(1, 100, 768, dtype=torch.bfloat16), torch.empty(1, 100, 3072, dtype=torch.bfloat16)
+    assert tiles.choose([(x[..., 1:], dy)])[:3] == (64, 64, 32)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_layers_in_one_launch_get_the_bits_they_get_alone(monkeypatch, dtype):
+    """Aligned and not, with padding, of few tokens, of one, of none; every kind is one launch."""
+    sizes = [(3, 70, 64, 80), (2, 5, 37, 53), (4, 70, 128, 64), (5, 1, 20, 30), (2, 40, 64, 16), (6, 1, 16, 48)]
+    layers = [(randn(o, i).square(), randn(n, t, i, dtype=dtype), randn(n, t, o, dtype=dtype)) for n, t, i, o in sizes]
+    layers.append((torch.zeros(3, 4, device=DEVICE), randn(0, 7, 4, dtype=dtype), randn(0, 7, 3, dtype=dtype)))
+    layers[0][2][1, 20:], layers[0][1][1, 20:] = 0, float("nan")
+    packed = torch.zeros(3, 40, 64, device=DEVICE)
+    layers.append((packed[1], *(randn(2, 40, f, dtype=dtype) for f in (64, 40))))
+    # the smallest tile, alone and together
+    monkeypatch.setattr(tiles, "gpu", lambda device: (True, 1000))
+    alone = [fisher.clone() for fisher, *_ in layers]
+    for fisher, (_, x, dy) in zip(alone, layers, strict=True):
+        kernels.fisher_linear_(fisher, x, dy)
+    grids = count_launches(monkeypatch, "fisher_linears", "_fisher_linears_kernel")
+    kernels.fisher_linears_(*(list(tensors) for tensors in zip(*layers, strict=True)))
+    for fisher, (together, *_) in zip(alone, layers, strict=True):
+        assert torch.equal(fisher, together)
+    assert not packed[0].any()
+    assert not packed[2].any()
+    # aligned or not, of several tokens or of one
+    assert len(grids) == 4
 
 
 @pytest.mark.parametrize(("t", "stride"), [(3, (FAR // 2, 30)), (3, (30, FAR // 2)), (33, (30, FAR // 32))])
@@ -259,6 +350,7 @@ def test_optimizer_refuses_what_would_be_a_stray_write(spoil, error, message):
 
 def test_launchers_refuse_bad_arguments():
     scores, x = randn(10), torch.zeros(2, 3, 4, device=DEVICE)
+    fisher, pair = torch.zeros(4, 4, device=DEVICE), tensor([1.0, 1.0])
     bad_calls = [
         (kernels.topk_indices, ([], 1), ValueError, "at least one"),
         (kernels.topk_indices, ([scores.double()], 1), TypeError, "float64"),
@@ -275,7 +367,14 @@ def test_launchers_refuse_bad_arguments():
         (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x[:, :2]), ValueError, "x and dy must be"),
         (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x.half()), TypeError, "float16"),
         (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE).half(), x, x), TypeError, "fisher must be float32"),
-        (kernels.fisher_linear_, (torch.zeros(4, 4, device=DEVICE), x, x, tensor([1.0])), ValueError, "sample_weight"),
+        (kernels.fisher_linear_, (fisher, x, x, tensor([1.0])), ValueError, "sample_weight"),
+        (kernels.fisher_linear_, (fisher, x, x, None, tensor([1.0])), ValueError, r"scores must be .* \[2\], got"),
+        (kernels.fisher_linear_, (fisher, x, x, None, None, fisher > 0), ValueError, "got no scores"),
+        (kernels.fisher_linear_, (fisher, x, x, None, pair, fisher), ValueError, "must be bool .* got torch.float32"),
+        (kernels.fisher_linear_, (fisher, x, x, None, pair, fisher[1:] > 0), ValueError, r"\(4, 4\), got .*\(3, 4\)"),
+        (kernels.fisher_linears_, ([fisher], [x, x], [x]), ValueError, "got 1, 2 and 1"),
+        (kernels.fisher_linears_, ([fisher, fisher], [x, x], [x, x]), ValueError, "share memory"),
+        (kernels.fisher_linears_, ([fisher, fisher[1:]], [x, x], [x, x]), ValueError, r"\(4, 4\), got \(3, 4\)"),
     ]
     for function, arguments, error, message in bad_calls:
         with pytest.raises(error, match=message):
