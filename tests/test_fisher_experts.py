@@ -41,11 +41,21 @@ def gpt_oss(experts=4, top_k=2, **options):
     return tf.GptOssForCausalLM(tf.GptOssConfig(**_SIZES, **sizes, **options))
 
 
+def deepseek():
+    # a router of another precision than the layers, chosen by group; shared experts; a first layer without experts
+    sizes = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1, "n_shared_experts": 1}
+    inner = {"intermediate_size": 20, "moe_intermediate_size": 12, "first_k_dense_replace": 1}
+    heads = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 6, "kv_lora_rank": 8, "q_lora_rank": 8}
+    options = {**_SIZES, **sizes, **inner, **heads, "num_key_value_heads": 4}
+    return tf.DeepseekV3ForCausalLM(tf.DeepseekV3Config(**options))
+
+
 MODELS = {
     "mixtral": mixtral,
     "mixtral, top 1": lambda: mixtral(top_k=1),
     "qwen3": qwen,
     "gpt-oss": gpt_oss,
+    "deepseek": deepseek,
 }
 
 

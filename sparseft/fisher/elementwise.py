@@ -146,12 +146,18 @@ def _same(name: str) -> Callable[..., Tensor | None]:
     return follow
 
 
+def _type(capture: Capture, tensor: Any, *args: Any, **kwargs: Any) -> Tensor | None:
+    # without a type to change to, it returns the name of the one there is
+    return _same("type")(capture, tensor, *args, **kwargs) if args or kwargs else None
+
+
 _TENSOR = torch.Tensor
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
     **dict.fromkeys((torch.mul, _TENSOR.mul, _TENSOR.__mul__, _TENSOR.__rmul__), _mul),
     **dict.fromkeys((torch.add, _TENSOR.add, _TENSOR.__add__, _TENSOR.__radd__), _add),
     **dict.fromkeys((torch.sub, _TENSOR.sub, _TENSOR.__sub__), _sub),
     _TENSOR.expand: _expand,
+    _TENSOR.type: _type,
     **{
         getattr(_TENSOR, name): _same(name)
         for name in ("float", "to", "type_as", "view", "reshape", "squeeze", "unsqueeze")
