@@ -20,7 +20,7 @@ MAY_CALL = {
     "files": {"reference"},
     "mask": {"files", "reference"},
     "testing": {"ops", "reference"},
-    "fisher": {"ops", "reference", "mask"},
+    "fisher": {"ops", "reference", "mask", "files"},
     "optim": {"ops", "reference", "mask"},
     "selection": {"fisher", "mask", "ops", "reference"},
     "delta": {"mask", "files", "ops"},
