@@ -76,8 +76,8 @@ def _fisher_linear_spans_kernel(
     spans, dy, n_tokens, out_features, dy_stride_n, dy_stride_t, TOKENS: tl.constexpr, FEATURES: tl.constexpr
 ):
     """One program reads TOKENS tokens of one sample."""
-    n = tl.program_id(0).to(tl.int64)
-    first = tl.program_id(1) * TOKENS
+    blocks = tl.cdiv(n_tokens, TOKENS)
+    n, first = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(0) % blocks * TOKENS
     widen_span(spans + 2 * n, dy + n * dy_stride_n, first, n_tokens, out_features, dy_stride_t, TOKENS, FEATURES)
 
 
@@ -174,7 +174,7 @@ def find_spans(dy: Tensor) -> Tensor:
     n_samples, n_tokens, out_features = dy.shape
     spans = torch.zeros(n_samples, 2, dtype=torch.int32, device=dy.device)
     with torch.cuda.device_of(dy):
-        _fisher_linear_spans_kernel[(n_samples, triton.cdiv(n_tokens, SPAN_TOKENS))](
+        _fisher_linear_spans_kernel[(n_samples * triton.cdiv(n_tokens, SPAN_TOKENS),)](
             spans,
             dy,
             n_tokens,

@@ -386,3 +386,6 @@ def test_list_kernels_refuse_capture_in_a_cuda_graph():
     source, index = randn(100), torch.arange(10, device=DEVICE)
     with pytest.raises(RuntimeError, match="outside of the graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
         kernels.gather([source], [index])
+    layer = [torch.zeros(4, 4, device=DEVICE)], [randn(2, 3, 4)], [randn(2, 3, 4)]
+    with pytest.raises(RuntimeError, match="outside of the graph"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        kernels.fisher_linears_(*layer)
