@@ -30,6 +30,8 @@ import torch
 from sparseft.integrations import encoding, examples, models, training
 from sparseft.mask import Mask
 from sparseft.selection import IRDPath, ird_search, select
+from sparseft.selection.ird.ranking import halved
+from sparseft.selection.top_k import count_at
 
 TRAIN_FILES = {"rte": "train.jsonl", "mrpc": "train.jsonl", "sst2": "train_sentences.jsonl"}
 # method -> options of the search; None for those that do not search
@@ -68,16 +70,32 @@ class Bench:
     def mask(self, method: str, samples: int, density: float) -> tuple[Mask, list[int]]:
         """Return a cell's mask, and which of the pool's samples chose it."""
         search = SEARCHES[method]
-        path = self._path(method if search is not None else "ird")
-        number = self._number(path, samples, density)
         if search is not None:
+            path = self._path(method)
+            number = self._number(path, samples, density)
             return path.masks[number], list(path.cells[number].positions)
-        loaded, count = self.load(), path.masks[number].k
-        options = {"samples": samples} if method == "fish" else {}
+        loaded = self.load()
+        entries = sum(p.numel() for name, p in loaded.model.named_parameters() if name not in loaded.new)
         mask = select(
-            method, loaded.model, self._batches(), k=count, dense=loaded.new, seed=self.seed, progress=False, **options
+            method,
+            loaded.model,
+            self._batches(),
+            k=self._count(entries, density),
+            dense=loaded.new,
+            seed=self.seed,
+            progress=False,
+            **({"samples": samples} if method == "fish" else {}),
         )
         return mask, list(range(samples)) if method == "fish" else []
+
+    def _count(self, entries: int, density: float) -> int:
+        """Return the weights in a cell, as IRD gets there: halving rounds up."""
+        densities = self.options.densities
+        count, least = (count_at(share, entries) for share in (2 * max(densities), min(densities)))
+        ladder = [count]
+        while ladder[-1] > least:
+            ladder.append(halved(ladder[-1], least))
+        return min(ladder, key=lambda each: abs(each - density * entries))
 
     def _path(self, method: str) -> IRDPath:
         if method not in self._paths:
@@ -129,6 +147,7 @@ class Bench:
             **self.case(method, samples, density),
             "weights": mask.k,
             "lr": result.lr,
+            "head_lr": result.head_lr,
             "steps": result.steps,
             "dev_rows": len(self.encoded.dev),
             "dev_accuracy": round(result.evaluation.metrics["accuracy"], 4),

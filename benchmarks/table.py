@@ -1,19 +1,33 @@
-"""Write the tables of README.md from the rows in results/, between their markers; --check only compares.
+"""Write the tables of the README and of this folder's from the rows in results/; --check only compares.
 
-A figure without a row cannot get into the README, and a row that changed cannot be left out of it.
+A page gets the tables whose markers it holds. So a figure without a row cannot get into a page, and a row that changed
+cannot be left out of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import re
+import statistics
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-OTHERS = ("demo-", "glue-", "sweep-")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
+OTHERS = ("demo-", "glue-", "ird-", "sweep-")
+# what a newcomer asks first: op, start of its case, unit, baselines (all if none is named)
+HEADLINES = (
+    ("estimate_fisher", "MiniLM, 4 x 16 x 128", "s", ("forward + backward", "loop of batch 1, published")),
+    ("estimate_fisher", "MiniLM, 16 x 128 tokens, beside peers", "s", ()),
+    ("adamw_", "25 M weights", "s", ()),
+    ("adamw_", "25 M weights", "bytes", ()),
+    ("topk_indices", "", "s", ()),
+    ("save_delta", "", "bytes", ()),
+)
 METHODS = {"head": "head only", "random": "random", "magnitude": "magnitude", "sift": "SIFT", "fish": "FISH"}
 Row = record.Row
 
@@ -22,6 +36,24 @@ def benchmarks(folder: Path) -> str:
     """Return a table a machine: each implementation beside each of its baselines, newest measurement of each case."""
     files = sorted(file for file in folder.glob("*.csv") if not file.name.startswith(OTHERS))
     return "\n\n".join(_machine(record.read(file)) for file in files)
+
+
+def headlines(folder: Path) -> str:
+    """Return the few lines of `benchmarks` that a newcomer asks for first."""
+    files = sorted(file for file in folder.glob("*.csv") if not file.name.startswith(OTHERS))
+    tables = [[row for row in record.read(file) if _is_headline(row)] for file in files]
+    return "\n\n".join(_machine(rows) for rows in tables if rows)
+
+
+def _is_headline(row: Row) -> bool:
+    return any(
+        row["op"] == op
+        and row["shape"].startswith(shape)
+        and row["unit"] == unit
+        and row["density"] in ("", "0.005")
+        and (row["role"] == "ours" or not baselines or row["backend"] in baselines)
+        for op, shape, unit, baselines in HEADLINES
+    )
 
 
 def _machine(rows: list[Row]) -> str:
@@ -78,45 +110,63 @@ def demo(folder: Path) -> str:
         with file.open(newline="", encoding="utf-8") as opened:
             rows = list(csv.DictReader(opened))
         run = [row for row in rows if (row["commit"], row["date"]) == (rows[-1]["commit"], rows[-1]["date"])]
-        newest = {row["method"]: row for row in run}
-        blocks.append(_demo_table(list(newest.values())))
+        seeds: dict[str, dict[str, Row]] = {}
+        for row in run:
+            seeds.setdefault(row["method"], {})[row["seed"]] = row
+        blocks.append(_demo_table([list(rows.values()) for rows in seeds.values()]))
     return "\n\n".join(blocks)
 
 
-def _demo_table(rows: list[Row]) -> str:
-    first = rows[0]
+def _demo_table(methods: list[list[Row]]) -> str:
+    """Return a line a method, of its rows, one a seed: means, and the standard deviation of what was reached."""
+    first = methods[0][0]
+    seeds = f", {len(methods[0])} seeds" if len(methods[0]) > 1 else ""
     heading = (
         f"Measured on {first['device']}; torch {first['torch']}, transformers {first['transformers']}; "
-        f"commit {first['commit']}, {first['date']}:"
+        f"commit {first['commit']}, {first['date']}{seeds}:"
     )
     header = ["method", "trained weights", f"dev {first['metric']}", "s per step", "peak memory", "checkpoint", "lr"]
-    lines = [
-        [
-            METHODS.get(row["method"], "full fine-tuning"),
-            f"{int(row['trained_weights']):,}",
-            f"{float(row['dev']):.3f}",
-            f"{float(row['seconds_per_step']):.3f}",
-            _bytes(str(max(int(row["select_memory_bytes"]), int(row["train_memory_bytes"])))),
-            f"{int(row['checkpoint_bytes']):,} bytes",
-            f"{float(row['lr']):g}",
-        ]
-        for row in rows
-    ]
+    lines = []
+    for rows in methods:
+        row, reached = rows[-1], [float(each["dev"]) for each in rows]
+        peak = max(int(each[f"{part}_memory_bytes"]) for each in rows for part in ("select", "train"))
+        spread = f" ± {statistics.stdev(reached):.3f}" if len(rows) > 1 else ""
+        lines.append(
+            [
+                METHODS.get(row["method"], "full fine-tuning"),
+                f"{int(row['trained_weights']):,}",
+                f"{statistics.mean(reached):.3f}{spread}",
+                f"{statistics.median(float(each['seconds_per_step']) for each in rows):.3f}",
+                _bytes(str(peak)),
+                f"{int(row['checkpoint_bytes']):,} bytes",
+                f"{float(row['lr']):g}",
+            ]
+        )
     return f"{heading}\n\n{_markdown(header, lines)}"
 
 
-def filled(page: str, name: str, table: str) -> str:
-    """Return a page with a table between its markers.
+TABLES: dict[str, Callable[[Path], str]] = {"benchmarks": benchmarks, "headlines": headlines, "demo": demo}
+
+
+def filled(page: str, results: Path) -> str:
+    """Return a page with each table between its markers.
 
     Raises:
-        ValueError: the page does not have the two markers.
+        ValueError: the page has no markers, or none of a known table, or one without its end.
     """
-    begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
-    before, found, rest = page.partition(begin)
-    _, closed, after = rest.partition(end)
-    if not found or not closed:
-        raise ValueError(f"the page must hold {begin} and after it {end}")
-    return before + begin + "\n" + (f"\n{table}\n\n" if table else "") + end + after
+    names = re.findall(r"<!-- (\w+):begin -->", page)
+    if not names or not TABLES.keys() >= set(names):
+        wanted = ", ".join(f"<!-- {name}:begin -->" for name in TABLES)
+        raise ValueError(f"the page must hold one of {wanted}, got {', '.join(names) or 'none'}")
+    for name in names:
+        begin, end = f"<!-- {name}:begin -->", f"<!-- {name}:end -->"
+        before, _, rest = page.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not closed:
+            raise ValueError(f"the page must hold {end} after {begin}")
+        table = TABLES[name](results)
+        page = before + begin + "\n" + (f"\n{table}\n\n" if table else "") + end + after
+    return page
 
 
 def _markdown(header: list[str], lines: list[list[str]]) -> str:
@@ -149,21 +199,22 @@ def _ratio(ratio: float, better: str) -> str:
 
 
 def main() -> int:
-    """Write the README, or say whether it is up to date."""
+    """Write the pages, or say whether they are up to date."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if the page is out of date")
-    parser.add_argument("--readme", type=Path, default=ROOT / "README.md")
+    parser.add_argument("pages", type=Path, nargs="*", default=PAGES)
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 if a page is out of date")
     parser.add_argument("--results", type=Path, default=record.RESULTS)
     options = parser.parse_args()
-    page = options.readme.read_text(encoding="utf-8")
-    wanted = filled(filled(page, "benchmarks", benchmarks(options.results)), "demo", demo(options.results))
-    if page == wanted:
-        return 0
-    if options.check:
-        print(f"{options.readme} differs from the rows in {options.results}; run python benchmarks/table.py")
-        return 1
-    options.readme.write_text(wanted, encoding="utf-8")
-    return 0
+    code = 0
+    for path in options.pages:
+        page = path.read_text(encoding="utf-8")
+        wanted = filled(page, options.results)
+        if page != wanted and options.check:
+            print(f"{path} differs from the rows in {options.results}; run python benchmarks/table.py")
+            code = 1
+        elif page != wanted:
+            path.write_text(wanted, encoding="utf-8")
+    return code
 
 
 if __name__ == "__main__":

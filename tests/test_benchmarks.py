@@ -92,7 +92,7 @@ def test_the_newest_rows_become_the_readmes_table(tmp_path):
     readme = tmp_path / "README.md"
     empty = "<!-- demo:begin --><!-- demo:end -->\n<!-- benchmarks:begin -->\nold\n<!-- benchmarks:end -->\nend\n"
     readme.write_text(empty)
-    arguments = ("--readme", readme, "--results", tmp_path / "results")
+    arguments = (readme, "--results", tmp_path / "results")
     assert script("table.py", "--check", *arguments).returncode == 1
     assert readme.read_text() == empty
     assert script("table.py", *arguments).returncode == 0
@@ -112,11 +112,12 @@ def test_the_newest_run_of_the_demo_becomes_a_table(tmp_path):
         "method": "fish", "lr": "0.003", "trained_weights": "116620", "metric": "accuracy", "dev": "0.81",
         "seconds_per_step": "0.25", "select_memory_bytes": "1048576", "train_memory_bytes": "2097152",
         "checkpoint_bytes": "690000", "torch": "2.13.0", "transformers": "5.0", "device": "a CPU", "commit": "aaaa",
-        "date": "2026-01-02",
+        "date": "2026-01-02", "seed": "0",
     }  # fmt: skip
     rows = [
         {**row, "dev": "0.5"},
         {**row, "commit": "bbbb"},
+        {**row, "commit": "bbbb", "dev": "0.83", "seed": "1"},
         {**row, "commit": "bbbb", "method": "full", "lr": "1e-4"},
     ]
     with (tmp_path / "demo-cpu2.csv").open("w", newline="") as file:
@@ -127,9 +128,9 @@ def test_the_newest_run_of_the_demo_becomes_a_table(tmp_path):
     readme.write_text(
         "<!-- demo:begin --><!-- demo:end -->\n<!-- benchmarks:begin -->\n<!-- benchmarks:end -->\n", encoding="utf-8"
     )
-    assert script("table.py", "--readme", readme, "--results", tmp_path).returncode == 0
+    assert script("table.py", readme, "--results", tmp_path).returncode == 0
     page = readme.read_text()
-    assert "| FISH | 116,620 | 0.810 | 0.250 | 2 MiB | 690,000 bytes | 0.003 |" in page
+    assert "| FISH | 116,620 | 0.820 ± 0.014 | 0.250 | 2 MiB | 690,000 bytes | 0.003 |" in page
     assert "| full fine-tuning | 116,620 | 0.810 | 0.250 | 2 MiB | 690,000 bytes | 0.0001 |" in page
     assert "aaaa" not in page
 
@@ -137,7 +138,7 @@ def test_the_newest_run_of_the_demo_becomes_a_table(tmp_path):
 def test_a_page_without_markers_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# A page\n")
-    run = script("table.py", "--readme", readme, "--results", tmp_path)
+    run = script("table.py", readme, "--results", tmp_path)
     assert "benchmarks:begin" in run.stderr
     assert readme.read_text() == "# A page\n"
 
