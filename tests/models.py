@@ -151,7 +151,8 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-TOKEN_LEVEL = ("bert masked", "bert tokens", "gpt2", "gpt2 eager", "llama", "llama tied", "gemma2", "qwen3")
+CAUSAL = ("gpt2", "gpt2 eager", "llama", "llama tied", "gemma2", "qwen3")
+TOKEN_LEVEL = ("bert masked", "bert tokens", *CAUSAL)
 
 
 def make(name: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:

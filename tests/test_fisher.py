@@ -71,6 +71,20 @@ def test_batch_size_order_and_padding_do_not_matter(name):
     assert_same(estimate_fisher(model, [longer], progress=False), whole)
 
 
+@pytest.mark.parametrize("name", ["t5", "t5 eager", "deberta", "bert"])
+def test_batches_with_and_without_padding_may_alternate(name):
+    # without padding some masks are not made, and other operations run
+    model, padded = models.make(name), models.batch(name)
+    whole = {key: torch.cat([value[:1]] * 2) for key, value in padded.items()}
+    assert whole["attention_mask"].all()
+    assert not padded["attention_mask"].all()
+    for batches in ([whole, padded], [padded, whole]):
+        scores = estimate_fisher(model, batches, progress=False)
+        assert not scores.report.fallback
+        both = {key: torch.cat([batch[key] for batch in batches]) for key in padded}
+        assert_same(scores, own_loss_loop(model, both))
+
+
 def test_labels_on_padding_count_like_any_label():
     model, batch = models.make("gpt2"), models.batch("gpt2")
     batch["labels"] = batch["input_ids"].clone()

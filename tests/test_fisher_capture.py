@@ -345,7 +345,7 @@ def test_compiled_models_are_scored_uncompiled():
             torch.testing.assert_close(got, value)
 
 
-@pytest.mark.parametrize("name", ["bert", "llama tied"])
+@pytest.mark.parametrize("name", ["bert", "llama tied", "t5", "deberta", "vit"])
 def test_autocast_inside_the_model_is_followed(name):
     model, batch = models.make(name), models.batch(name)
     exact = estimate_fisher(model, [batch], progress=False)

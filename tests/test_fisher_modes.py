@@ -12,7 +12,7 @@ from torch import nn
 from sparseft.fisher import batch_one_fisher, estimate_fisher
 from sparseft.fisher.loss import Objective
 
-CAUSAL = ("gpt2", "llama", "llama tied")
+CAUSAL = models.CAUSAL
 
 
 def losses(model, batch, **options):

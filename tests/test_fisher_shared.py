@@ -98,6 +98,28 @@ class Large(Net):
         return x + (self.table * 2).mean(0)
 
 
+class Unsized(Net):
+    # a number has no say in the precision of a result, and must not get one
+    def odd(self, x):
+        y = x * (self.gain * self.other) + torch.where(x > 0, self.gain * 2, x)
+        assert y.dtype == torch.float32
+        return y
+
+
+class LookedAt(Net):
+    # what is computed from the weight beside its use changes nothing
+    def odd(self, x):
+        self.seen = self.lin.weight.norm() + self.pos.weight.T.sum()
+        return self.lin(x) + self.pos(torch.arange(x.shape[1]))
+
+
+class FirstTokenOfTimeMajor(Net):
+    # the rows that matter are the first N of T * N, where a batch that lies sample after sample has its first sample
+    def odd(self, x):
+        flat = self.lin(x.transpose(0, 1).reshape(-1, H)).relu()
+        return flat.view(x.shape[1], x.shape[0], H).transpose(0, 1)[:, :1]
+
+
 class Attention(Net):
     def odd(self, x):
         y = x if self.attention.batch_first else x.transpose(0, 1)
@@ -178,6 +200,15 @@ CASES = {
         lambda: Computed(table=parameter(3, H), scale=parameter(H), other=parameter(H), shift=parameter(H)),
         {"table": "data", "scale": "data", "other": "data", "shift": "data"},
     ),
+    "numbers": (
+        lambda: Unsized(gain=nn.Parameter(torch.tensor(1.5).double()), other=nn.Parameter(torch.tensor(0.7).double())),
+        {"gain": "data", "other": "data"},
+    ),
+    "looked at": (
+        lambda: LookedAt(lin=nn.Linear(H, H), pos=nn.Embedding(T, H)),
+        {"lin.weight": "linear", "pos.weight": "embedding"},
+    ),
+    "the first token, time first": (lambda: FirstTokenOfTimeMajor(lin=nn.Linear(H, H)), {"lin.weight": "linear"}),
     "too large to form": (lambda: Large(table=parameter(2**17 + 1, H)), {"table": FELL}),
     "attention": (
         lambda: attention(lambda y: (y, y, {}), batch_first=True),

@@ -31,8 +31,9 @@ from sparseft.fisher import (
 )
 from sparseft.fisher import layout as layouts
 from sparseft.fisher.contribution import Contribution
+from sparseft.fisher.fan_out import FanOut, outlets
 from sparseft.fisher.layout import Layout, Rows
-from sparseft.fisher.shared import FanOut, Origin, Shared, Source, mark, marks, outlets
+from sparseft.fisher.shared import Origin, Shared, Source, mark, marks
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **linear.RULES,
@@ -80,10 +81,13 @@ class Policy(Protocol):
     def layout(self, name: str, occurrence: int, sizes: tuple[int, ...], source: Source) -> Layout | None:
         """Return how the batch lies in a use with these two leading sizes, None to leave the operation alone."""
 
-    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
+    def fan_out(
+        self, names: frozenset[str], occurrence: int, sizes: tuple[int, int], with_batch: bool
+    ) -> FanOut | None:
         """Return how the batch lies where a shared tensor is copied so often along its first two axes.
 
-        with_batch: the operation sees the batch. None: the copies are not one a sample.
+        names: of the parameters it was computed from; occurrence: which of the places of such tensors; with_batch: the
+        operation sees the batch. None: the copies are not those of samples.
         """
 
 
@@ -167,9 +171,10 @@ class Capture(TorchFunctionMode):
             self._known[id(result)] = _Known(known.name, result, rows or known.rows)
         return result
 
-    def rows(self, tensor: Tensor) -> Rows | None:
-        """Return which rows of its parameter a known tensor holds, None for all."""
-        return self._known[id(tensor)].rows
+    def whole(self, tensor: Tensor) -> bool:
+        """Return whether a tensor holds all entries of a known parameter, in its shape."""
+        known = self._known.get(id(tensor))
+        return known is not None and known.rows is None and tensor.shape == self._parameters[known.name].shape
 
     def claim(
         self,
@@ -214,7 +219,7 @@ class Capture(TorchFunctionMode):
     def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
         """Apply a captured operation."""
         result: Tensor = function.apply(self, self.anchor, *args)
-        mark(result, [use.name for use in self._claimed if use.layout is Layout.ALONE])
+        mark(result, [use for use in self._claimed if use.layout is Layout.ALONE])
         return result
 
     def sealed(self, tensor: Tensor, use: Use | None) -> Tensor:
@@ -250,17 +255,23 @@ class Capture(TorchFunctionMode):
         self.shared.witness = lambda fan_out, grads: None
 
     def escaped(self, outputs: Tensor) -> dict[str, str]:
-        """Return the parameters that some operation uses uncaptured, name -> reason."""
+        """Return the parameters that some operation uses uncaptured, name -> reason.
+
+        Uses that all samples share, and that the outputs do not depend on, are forgotten.
+        """
         found: dict[str, str] = {}
         shared: list[Any] = []
+        reached: set[Use] = set()
         for node, child in _edges([outputs.grad_fn]):
-            for name in marks(child):
-                found[name] = f"what is computed from it alone meets the batch in {node.name()}"
+            for use in marks(child):
+                found[use.name] = f"what is computed from it alone meets the batch in {node.name()}"
             shared += outlets(child)
         for node, child in _edges([outputs.grad_fn, *shared]):
+            reached.update(marks(child))
             known = self._known.get(id(getattr(child, "variable", None)))
             if known is not None:
                 found[known.name] = f"no rule captures its use in {node.name()}"
+        self.uses = [use for use in self.uses if use.layout is not Layout.ALONE or use in reached]
         return found
 
 

@@ -38,7 +38,7 @@ def _parts(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] | N
     """Return the rule of a function that cuts a parameter into blocks of rows."""
 
     def follow(capture: Capture, tensor: Tensor, sizes: Any, dim: int = 0) -> tuple[Tensor, ...] | None:
-        if not capture.knows(tensor) or dim % max(tensor.dim(), 1) or capture.rows(tensor) is not None:
+        if not capture.whole(tensor) or tensor.dim() == 0 or dim % tensor.dim():
             return None
         parts: tuple[Tensor, ...] = function(tensor, sizes, dim=dim)
         start, width = 0, tensor[0].numel()

@@ -6,6 +6,7 @@ large as those copies.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -30,7 +31,7 @@ def _variants(*names: str) -> set[Func]:
     }
 
 
-_ELEMENTWISE = _variants("add", "sub", "mul", "div", "where", "maximum", "minimum", "pow", "masked_fill", "expand_as")
+_ELEMENTWISE = _variants("add", "sub", "mul", "div", "where", "maximum", "minimum", "pow", "expand_as")
 _PRODUCTS: set[Func] = {torch.matmul, _TENSOR.matmul, _TENSOR.__matmul__}
 _EXPANSIONS: set[Func] = {_TENSOR.expand, torch.broadcast_to, _TENSOR.broadcast_to}
 _FUNCTIONS = {*_ELEMENTWISE, *_PRODUCTS, *_EXPANSIONS, _TENSOR.repeat, F.scaled_dot_product_attention}
@@ -41,10 +42,12 @@ class Meeting:
     """What an operation makes of tensors that all samples share.
 
     shape: what they are broadcast to, of a repetition how often; only the first two sizes matter.
+    dtype: of a result on which a tensor without dimensions has no say.
     """
 
     func: Func
     shape: tuple[int, ...]
+    dtype: torch.dtype | None
 
     def sizes(self, tensor: Tensor) -> tuple[int, int]:
         """Return how many copies are made of the tensor along the first two axes, 0 for none."""
@@ -56,6 +59,8 @@ class Meeting:
     def spread(self, copies: Tensor, axis: int) -> Tensor:
         """Return copies of a tensor, [copies, *shape], as one that holds them along an axis of the result."""
         aligned = copies.reshape(copies.shape[0], *self._aligned(copies.shape[1:]))
+        if copies.dim() == 1 and self.dtype is not None:
+            aligned = aligned.to(self.dtype)
         return aligned.movedim(0, axis).flatten(axis, axis + 1)
 
     def run(self, args: tuple[Any, ...], kwargs: dict[str, Any], axis: int) -> Any:
@@ -73,12 +78,14 @@ def meeting(func: Func, args: tuple[Any, ...], kwargs: dict[str, Any], shared: l
     """Return what the operation makes of these shared tensors, None if they cannot meet the batch in it."""
     if func not in _FUNCTIONS:
         return None
-    if changes(func) and any(args[0] is tensor for tensor in shared):
+    if changes(func) and args and any(args[0] is tensor for tensor in shared):
         return None
-    shape = _shape(func, args, kwargs)
+    operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
+    shape = _shape(func, args, kwargs, [operand.shape for operand in operands])
     if not shape or any(tensor.dim() > len(shape) for tensor in shared):
         return None
-    return Meeting(func, shape)
+    dtypes = [operand.dtype for operand in operands if operand.dim() and operand.is_floating_point()]
+    return Meeting(func, shape, functools.reduce(torch.promote_types, dtypes) if dtypes else None)
 
 
 def changes(func: Func) -> bool:
@@ -88,16 +95,21 @@ def changes(func: Func) -> bool:
     return name == "__setitem__" or (name.startswith("__i") if special else name.endswith("_"))
 
 
-def _shape(func: Func, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...] | None:
-    operands = [arg for arg in (*args, *kwargs.values()) if isinstance(arg, Tensor)]
-    if func in _ELEMENTWISE:
-        return tuple(torch.broadcast_shapes(*(operand.shape for operand in operands)))
+def _shape(
+    func: Func, args: tuple[Any, ...], kwargs: dict[str, Any], operands: list[torch.Size]
+) -> tuple[int, ...] | None:
     if func in _EXPANSIONS or func is _TENSOR.repeat:
+        if kwargs:
+            return None
         sizes = args[1:] if len(args) != 2 or isinstance(args[1], int) else tuple(args[1])
         own = (1,) * (len(sizes) - args[0].dim()) + tuple(args[0].shape)
         return tuple(mine if size == -1 else size for size, mine in zip(sizes, own, strict=True))
-    if any(operand.dim() < 3 for operand in operands):
-        return None  # copies of a matrix would be larger than the product
-    # of queries, keys, values and a mask, only the axes of the batch are broadcast
-    leading = torch.broadcast_shapes(*(operand.shape[:-2] for operand in operands))
-    return (*leading, 0, 0)
+    try:
+        if func in _ELEMENTWISE:
+            return tuple(torch.broadcast_shapes(*operands))
+        # of queries, keys, values and a mask, only the axes of the batch are broadcast; copies of a matrix would be
+        # larger than the product
+        leading = torch.broadcast_shapes(*(operand[:-2] for operand in operands))
+        return (*leading, 0, 0) if all(len(operand) > 2 for operand in operands) else None
+    except RuntimeError:  # grouped heads
+        return None

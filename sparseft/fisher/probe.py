@@ -18,10 +18,11 @@ from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Use
 from sparseft.fisher.contribution import Contribution, Outer, Vector
 from sparseft.fisher.coupling import check_uncoupled, coupled
+from sparseft.fisher.fan_out import FanOut
 from sparseft.fisher.layout import Layout, fits
 from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.patches import Patches
-from sparseft.fisher.shared import FanOut, Source
+from sparseft.fisher.shared import Source
 from sparseft.fisher.tally import mixed
 
 # as few as can show it: the probe is overhead, of about an eighth of a pass over 16 samples
@@ -34,11 +35,11 @@ _MISFIT = (RuntimeError, ValueError, IndexError, TypeError)
 class Plan:
     """Which uses are captured, (name, occurrence) -> layout, and which parameters are not, name -> reason.
 
-    fan_outs: where tensors shared by all samples meet the batch, `FanOut.key` -> layout.
+    fan_outs: where tensors shared by all samples meet the batch, (names of their parameters, occurrence) -> how.
     """
 
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
-    fan_outs: dict[tuple[str, int], Layout] = field(default_factory=dict)
+    fan_outs: dict[tuple[frozenset[str], int], FanOut] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
 
     def for_samples(self, samples: int) -> _Proven:
@@ -58,9 +59,11 @@ class _Proven:
             return None
         return layout if fits(layout, sizes, self.samples) else None
 
-    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
-        layout = self.plan.fan_outs.get(place.key)
-        return layout if fits(layout, sizes, self.samples) else None
+    def fan_out(
+        self, names: frozenset[str], occurrence: int, sizes: tuple[int, int], with_batch: bool
+    ) -> FanOut | None:
+        place = self.plan.fan_outs.get((names, occurrence))
+        return place if place is not None and fits(place.layout, sizes, self.samples) else None
 
 
 @dataclass
@@ -73,7 +76,9 @@ class _Observe:
         self.sizes[name, occurrence] = sizes
         return None
 
-    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
+    def fan_out(
+        self, names: frozenset[str], occurrence: int, sizes: tuple[int, int], with_batch: bool
+    ) -> FanOut | None:
         return None
 
 
@@ -108,9 +113,13 @@ class _Candidates:
             return Layout.SECOND
         return None
 
-    def fan_out(self, place: FanOut, sizes: tuple[int, int], with_batch: bool) -> Layout | None:
-        possible = [Layout.BATCH, Layout.SECOND, *([Layout.FLAT] if with_batch else [])]
-        return next((layout for layout in possible if fits(layout, sizes, _LARGE)), None)
+    def fan_out(
+        self, names: frozenset[str], occurrence: int, sizes: tuple[int, int], with_batch: bool
+    ) -> FanOut | None:
+        for layout in (Layout.BATCH, Layout.SECOND, *([Layout.FLAT] if with_batch else [])):
+            if fits(layout, sizes, _LARGE):
+                return FanOut(names, occurrence, layout)
+        return None
 
 
 class _Untelling(Exception):
@@ -206,8 +215,10 @@ class _Isolation:
         for use in capture.uses:
             if use.layout is not Layout.ALONE:
                 self._needed[use] = proofs[use.name, use.occurrence]
+        # where samples may alternate, the rows that one's gradient reaches may lie in its part by accident
+        self._all = capture.repeated or any(use.layout is Layout.FLAT for use in self._needed)
         capture.emit = self._note
-        capture.shared.witness = lambda fan_out, grads: self._note(fan_out, Vector(grads.flatten(1)))
+        capture.shared.witness = lambda fan_out, grads: self._note(fan_out, Vector(grads.reshape(len(grads), -1)))
 
     def plan(self, outputs: Tensor) -> Plan:
         """Return what is proven by the gradients of these outputs."""
@@ -223,7 +234,7 @@ class _Isolation:
         capture, refused = self._capture, self._refused()
         plan = Plan(fallback={**capture.escaped(outputs), **mixed(capture.uses), **refused})
         plan.layouts = {(use.name, use.occurrence): use.layout for use in capture.uses}
-        plan.fan_outs = {fan_out.key: fan_out.layout for fan_out in capture.shared.fan_outs}
+        plan.fan_outs = {(fan_out.names, fan_out.occurrence): fan_out for fan_out in capture.shared.fan_outs}
         capture.stop()
         return plan
 
@@ -235,7 +246,7 @@ class _Isolation:
             single[self._sample] = 1
             torch.autograd.grad(outputs, [self._capture.anchor], single, retain_graph=True, allow_unused=True)
             self._capture.shared.forget()
-            if not self._unproven() and not self._capture.repeated:
+            if not self._all and not self._unproven():
                 break
 
     def _note(self, use: Use | FanOut, part: Contribution) -> None:

@@ -14,7 +14,7 @@ no path to the parameters goes round a fan-out.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
@@ -23,8 +23,10 @@ import torch
 from torch import Tensor
 
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
+from sparseft.fisher.fan_out import FanOut, SharedTensor, copies_of
 from sparseft.fisher.layout import Layout, by_sample
 from sparseft.fisher.meeting import Meeting, changes, meeting
+from sparseft.fisher.nest import replaced, tensors
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -46,53 +48,6 @@ class Origin:
 
     source: Source
     names: frozenset[str]
-
-
-@dataclass(eq=False)
-class FanOut:
-    """One place where a shared tensor meets the batch."""
-
-    names: frozenset[str]
-    occurrence: int
-    layout: Layout
-    anywhere = True
-
-    @property
-    def key(self) -> tuple[str, int]:
-        """Return what names it in a plan."""
-        return ", ".join(sorted(self.names)), self.occurrence
-
-
-@dataclass(eq=False)
-class _Entry:
-    """A shared tensor, at the version at which it was shared, and the parameters it was computed from."""
-
-    tensor: Tensor
-    version: int
-    names: frozenset[str]
-    _outlet: Tensor | None = None
-
-    def outlet(self) -> Tensor:
-        """Return where gradients enter that come back to it: a copy, whatever may be done to the tensor later."""
-        if self._outlet is None:
-            self._outlet = self.tensor.clone()
-        return self._outlet
-
-
-class _Copies(torch.autograd.Function):
-    """y = a copy of the outlet for each sample (or several), [copies, *shape], whose gradients are kept apart."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, shared: Shared, anchor: Tensor, fan_out: FanOut, entry: _Entry, copies: int, value: Tensor
-    ) -> Tensor:
-        ctx.shared, ctx.fan_out, ctx.entry = shared, fan_out, entry
-        return value.unsqueeze(0).expand(copies, *value.shape)
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[None, ...]:
-        ctx.shared.receive(ctx.fan_out, ctx.entry, dy)
-        return (None,) * 6
 
 
 class _Data(torch.autograd.Function):
@@ -121,9 +76,9 @@ class Shared:
         self.fan_outs: list[FanOut] = []
         self.witness: Callable[[FanOut, Tensor], None]
         self._capture: Capture = weakref.proxy(capture)  # which holds this
-        self._entries: dict[int, _Entry] = {}
+        self._tensors: dict[int, SharedTensor] = {}
         self._occurrences: dict[frozenset[str], int] = {}
-        self._received: dict[_Entry, Tensor] = {}
+        self._received: dict[SharedTensor, Tensor] = {}
 
     def origin(self, args: Any, kwargs: Any) -> Origin:
         """Return where the arguments of an operation come from."""
@@ -131,18 +86,18 @@ class Shared:
         source = Source.DATA
         for tensor in tensors((args, kwargs)):
             if tensor.requires_grad and not self._capture.knows(tensor):
-                entry = self._entry(tensor)
-                if entry is None:
+                shared = self._find(tensor)
+                if shared is None:
                     source = Source.BATCH
                 else:
-                    names |= entry.names
+                    names |= shared.names
         return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names)
 
     def add(self, result: Any, names: frozenset[str]) -> Any:
         """Note that the tensors of a result are shared; return it."""
         for tensor in tensors(result):
             if tensor.requires_grad:
-                self._entries[id(tensor)] = _Entry(tensor, tensor._version, names)
+                self._tensors[id(tensor)] = SharedTensor(tensor, tensor._version, names)
         return result
 
     def data(self, tensor: Tensor) -> Tensor:
@@ -155,47 +110,44 @@ class Shared:
 
     def close(self) -> None:
         """Let go of the tensors, whose graph holds the capture: what backward needs of them, it has."""
-        self._entries.clear()
+        self._tensors.clear()
 
     def apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         """Run an operation that no rule captures. What it makes of shared tensors and parameters alone is shared."""
         known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
         if not known and not origin.names:
             return func(*args, **kwargs)
+        alone = origin.source is not Source.BATCH
         result = None
-        if origin.source is not Source.BATCH:
+        if alone:
             result = func(*args, **kwargs)
             if not any(tensor.requires_grad for tensor in tensors(result)):
                 return result
             if changes(func):
                 return result if known else self.add(result, origin.names)
-        shared = [*known, *(tensor for tensor in tensors((args, kwargs)) if self._entry(tensor) is not None)]
-        met = meeting(func, args, kwargs, shared)
-        if met is None and origin.source is Source.BATCH:
+        met = meeting(func, args, kwargs, [*known, *self._shared_among(args, kwargs)])
+        if not alone and met is None:
             return func(*args, **kwargs)
-        replaced = {id(tensor): self.data(tensor) for tensor in known}
-        names = origin.names.union(*(self.origin(root, None).names for root in replaced.values()))
-        if not names:
-            return func(*args, **kwargs)
-        inner, named = _replace(args, replaced), _replace(kwargs, replaced)
-        fanned = None
-        if met is not None:
-            fanned = self._fan_out(met, [replaced.get(id(tensor), tensor) for tensor in shared], origin.source)
+        if known:
+            table = {id(tensor): self.data(tensor) for tensor in known}
+            args, kwargs = replaced(args, table), replaced(kwargs, table)
+        fanned = None if met is None else self._fan_out(met, self._shared_among(args, kwargs), not alone)
         if met is not None and fanned is not None:
             copies, axis = fanned
-            return met.run(_replace(inner, copies), _replace(named, copies), axis)
-        if known or result is None:
-            result = func(*inner, **named)
-        return result if origin.source is Source.BATCH else self.add(result, names)
+            return met.run(replaced(args, copies), replaced(kwargs, copies), axis)
+        if known or not alone:
+            result = func(*args, **kwargs)
+        names = self.origin(args, kwargs).names
+        return self.add(result, names) if alone and names else result
 
-    def receive(self, fan_out: FanOut, entry: _Entry, grads: Tensor) -> None:
+    def receive(self, fan_out: FanOut, source: SharedTensor, grads: Tensor) -> None:
         """Take the gradients of the copies of a shared tensor, [copies, *shape]."""
         layout = Layout.BATCH if fan_out.layout is Layout.SECOND else fan_out.layout
         rows = by_sample(grads, layout, self._capture.samples)
         rows = rows.squeeze(1) if rows.shape[1] == 1 else rows.sum(1)
         self.witness(fan_out, rows)
-        before = self._received.get(entry)
-        self._received[entry] = rows if before is None else before + rows
+        before = self._received.get(source)
+        self._received[source] = rows if before is None else before + rows
 
     def pull_back(self) -> None:
         """Pull what was received back, one sample at a time, and emit what the shared uses contribute."""
@@ -209,7 +161,7 @@ class Shared:
         try:
             for sample in range(capture.samples):
                 torch.autograd.grad(
-                    [entry.outlet() for entry in received],
+                    [source.outlet() for source in received],
                     [capture.anchor],
                     [grads[sample] for grads in received.values()],
                     retain_graph=True,
@@ -224,77 +176,49 @@ class Shared:
         """Drop what was received."""
         self._received.clear()
 
-    def _entry(self, tensor: Tensor) -> _Entry | None:
-        entry = self._entries.get(id(tensor))
+    def _find(self, tensor: Tensor) -> SharedTensor | None:
+        found = self._tensors.get(id(tensor))
         # what is changed in place may have been given something of the batch
-        return entry if entry is not None and entry.version == tensor._version else None
+        return found if found is not None and found.version == tensor._version else None
 
-    def _fan_out(self, met: Meeting, shared: list[Tensor], source: Source) -> tuple[dict[int, Tensor], int] | None:
+    def _shared_among(self, args: Any, kwargs: Any) -> list[Tensor]:
+        return [tensor for tensor in tensors((args, kwargs)) if self._find(tensor) is not None]
+
+    def _fan_out(self, met: Meeting, shared: list[Tensor], with_batch: bool) -> tuple[dict[int, Tensor], int] | None:
         """Return copies of the shared tensors, by id, and the axis they lie along; None if they do not meet it."""
-        places: dict[int, tuple[_Entry, FanOut, int]] = {}
+        places: dict[int, tuple[SharedTensor, FanOut, int]] = {}
         for tensor in shared:
-            entry = self._entry(tensor)
-            if entry is None or id(tensor) in places:
+            source = self._find(tensor)
+            if source is None or id(tensor) in places:
                 continue
-            occurrence = self._occurrences.get(entry.names, 0)
-            self._occurrences[entry.names] = occurrence + 1
-            place = FanOut(entry.names, occurrence, Layout.BATCH)
+            occurrence = self._occurrences.get(source.names, 0)
+            self._occurrences[source.names] = occurrence + 1
             sizes = met.sizes(tensor)
-            layout = self._capture.policy.fan_out(place, sizes, source is Source.BATCH)
-            if layout is None:
+            place = self._capture.policy.fan_out(source.names, occurrence, sizes, with_batch)
+            if place is None:
                 return None
-            place.layout = layout
-            places[id(tensor)] = entry, place, sizes[layout is Layout.SECOND]
+            places[id(tensor)] = source, place, sizes[place.layout is Layout.SECOND]
         axes = {int(place.layout is Layout.SECOND) for _, place, _ in places.values()}
         if len(axes) != 1:
             return None
         (axis,) = axes
         copies: dict[int, Tensor] = {}
-        for key, (entry, place, count) in places.items():
+        for key, (source, place, count) in places.items():
             self.fan_outs.append(place)
-            value = entry.outlet().detach()
-            made = _Copies.apply(self, self._capture.anchor, place, entry, count, value)  # type: ignore[no-untyped-call]
-            copies[key] = met.spread(made, axis)
+            copies[key] = met.spread(copies_of(source, self, self._capture.anchor, place, count), axis)
         return copies, axis
 
 
-def tensors(nest: Any) -> Iterator[Tensor]:
-    """Yield the tensors in a nest of tuples, lists and mappings."""
-    if isinstance(nest, Tensor):
-        yield nest
-    elif isinstance(nest, (tuple, list)):
-        for part in nest:
-            yield from tensors(part)
-    elif isinstance(nest, Mapping):
-        yield from tensors(list(nest.values()))
+def mark(result: Tensor, uses: list[Use]) -> None:
+    """Write on the node of a captured operation which uses it has in the graph of the shared tensors."""
+    if uses and result.grad_fn is not None:
+        result.grad_fn.alone = uses  # type: ignore[attr-defined]
 
 
-def mark(result: Tensor, names: Sequence[str]) -> None:
-    """Write on the node of a captured operation of which parameters it computes a shared tensor."""
-    if result.grad_fn is not None:
-        result.grad_fn.alone = tuple(names)  # type: ignore[attr-defined]
-
-
-def marks(node: Any) -> tuple[str, ...]:
-    """Return the parameters of which a node of the graph computes a shared tensor."""
-    names: tuple[str, ...] = getattr(node, "alone", ())
-    return names
-
-
-def outlets(node: Any) -> list[Any]:
-    """Return the nodes where the gradients go that a node keeps apart, if it does."""
-    entry = getattr(node, "entry", None)
-    return [entry.outlet().grad_fn] if isinstance(entry, _Entry) else []
-
-
-def _replace(nest: Any, table: Mapping[int, Tensor]) -> Any:
-    if isinstance(nest, Tensor):
-        return table.get(id(nest), nest)
-    if isinstance(nest, (tuple, list)):
-        return type(nest)([_replace(part, table) for part in nest])
-    if isinstance(nest, dict):
-        return {key: _replace(value, table) for key, value in nest.items()}
-    return nest
+def marks(node: Any) -> list[Use]:
+    """Return what was written on a node of the autograd graph."""
+    uses: list[Use] = getattr(node, "alone", [])
+    return uses
 
 
 def _stacked(parts: list[Contribution]) -> Contribution:
