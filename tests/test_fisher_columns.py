@@ -54,7 +54,7 @@ def test_they_are_the_gradients_of_single_samples(name):
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        ("bert", {}),
+        *((name, {}) for name in models.MODELS),
         ("bert", {"mode": "expected"}),
         ("gpt2", {"mode": "sampled"}),
         ("gpt2", {"token_reduction": "token"}),
