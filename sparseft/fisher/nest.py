@@ -1,23 +1,32 @@
-"""Tensors in the arguments and results of operations: nests of tuples, lists and mappings."""
+"""Tensors in the arguments and results of operations: nests of tuples, lists and dicts."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 
-def tensors(nest: Any) -> Iterator[Tensor]:
-    """Yield the tensors of a nest."""
+def tensors(nest: Any) -> list[Tensor]:
+    """Return the tensors of a nest."""
+    found: list[Tensor] = []
+    _collect(nest, found)
+    return found
+
+
+def _collect(nest: Any, found: list[Tensor]) -> None:
+    # for every operation of the model, so it must be quick
     if isinstance(nest, Tensor):
-        yield nest
+        found.append(nest)
     elif isinstance(nest, (tuple, list)):
         for part in nest:
-            yield from tensors(part)
-    elif isinstance(nest, Mapping):
-        for part in nest.values():
-            yield from tensors(part)
+            if isinstance(part, Tensor):
+                found.append(part)
+            elif isinstance(part, (tuple, list, dict)):
+                _collect(part, found)
+    elif isinstance(nest, dict):
+        _collect(list(nest.values()), found)
 
 
 def replaced(nest: Any, table: Mapping[int, Tensor]) -> Any:
@@ -25,7 +34,10 @@ def replaced(nest: Any, table: Mapping[int, Tensor]) -> Any:
     if isinstance(nest, Tensor):
         return table.get(id(nest), nest)
     if isinstance(nest, (tuple, list)):
-        return type(nest)([replaced(part, table) for part in nest])
+        parts = [replaced(part, table) for part in nest]
+        if all(new is old for new, old in zip(parts, nest, strict=True)):
+            return nest
+        return type(nest)(*parts) if hasattr(nest, "_fields") else type(nest)(parts)
     if isinstance(nest, dict):
         return {key: replaced(value, table) for key, value in nest.items()}
     return nest
