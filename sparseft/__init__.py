@@ -9,10 +9,10 @@ sparseft.save_delta(model, mask, "delta.safetensors")
 import importlib.metadata
 
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
-from sparseft.fisher import FisherScores, estimate_fisher
+from sparseft.fisher import FisherScores, estimate_fisher, sample_gradients
 from sparseft.mask import Mask
 from sparseft.optim import SparseAdamW, SparseSGD
-from sparseft.selection import select, top_k
+from sparseft.selection import IRDPath, ird_search, select, top_k
 
 __version__ = importlib.metadata.version("sparseft")
 
@@ -20,11 +20,14 @@ __all__ = [
     "AppliedDelta",
     "Delta",
     "FisherScores",
+    "IRDPath",
     "Mask",
     "SparseAdamW",
     "SparseSGD",
     "estimate_fisher",
+    "ird_search",
     "load_delta",
+    "sample_gradients",
     "save_delta",
     "select",
     "top_k",

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -100,21 +100,22 @@ def search(
     return replace(path, masks=tuple(mask_of(these, **more) for these in found.entries))
 
 
-@dataclass(frozen=True)
 class _Everyone:
     """All selectable entries of a model."""
 
-    model: nn.Module
-    names: list[str]
-    objective: Objective
-    progress: bool
+    def __init__(self, model: nn.Module, names: list[str], objective: Objective, progress: bool) -> None:
+        self.model, self.names, self.objective, self.progress = model, names, objective, progress
+        self._last: tuple[list[int], dict[str, Tensor]] = ([], {})
 
     def fisher(self, pool: Pool) -> tuple[dict[str, Tensor], list[int]]:
         return fisher_of(self.model, pool, self.names, self.objective, progress=self.progress)
 
     def largest(self, pool: Pool, counts: list[int], scope: Scope) -> Mapping[str, Tensor]:
         """Return the entries that are best for some samples."""
-        scores, _ = self.fisher(pool)
+        if self._last[0] != pool.positions:
+            # in a grid the same samples choose several times
+            self._last = pool.positions, self.fisher(pool)[0]
+        scores = self._last[1]
         if scope == "global":
             return top_k(scores, k=counts[0])
         kept = zip(scores.items(), counts, strict=True)
