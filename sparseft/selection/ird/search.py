@@ -86,10 +86,11 @@ class Search:
 
     def run(self, samples: list[int], entries: Tensor) -> None:
         """Search from here; mark the chosen cell."""
-        _, scores = self._space.store.measure(samples, entries, {})
+        sums, scores = self._space.store.measure(samples, entries, {})
         samples = sorted(scores)
         self._weights = caps(scores, self._options.influence_cap)
-        sums, scores = self._space.store.measure(samples, entries, self._weights)
+        if self._weights:
+            sums, scores = self._space.store.measure(samples, entries, self._weights)
         self._mass = sum(scores.values())
         if not self._mass:
             raise ValueError("every gradient is zero: no entry is better than another; check the loss and the labels")
