@@ -169,6 +169,28 @@ class CutPacked(Net):
         return x + F.pad(F.linear(x, c), (0, H // 2)) + F.pad(F.linear(x, d), (0, H // 2)) * F.linear(x, self.whole)
 
 
+class CutOverlapping(Net):
+    def odd(self, x):
+        blocks = [*self.packed.split([3, H - 3]), *self.packed.chunk(2)]
+        outer = torch.cat([F.linear(x, rows) for rows in blocks], -1)
+        whole, (head, _) = F.linear(x, self.lin.weight), self.lin.weight.chunk(2)
+        return x + outer[..., :H] * outer[..., H:] + whole * F.pad(F.linear(x, head), (H // 2, 0))
+
+
+class CutReshaped(Net):
+    # the rows cut are not those of the parameter
+    def odd(self, x):
+        first, second = self.table.view(2, 2 * H).split(1)
+        flat = x.flatten(1)[:, : 2 * H] * first - second
+        return torch.cat([x, flat.view(-1, 2, H)], 1)
+
+
+class FirstCopyOfShared(Net):
+    def odd(self, x):
+        copies = (self.row * self.scale).expand(len(x), -1)
+        return x * copies[0]
+
+
 def bias_in_attention(masks):
     net = BiasInAttention(table=parameter(2, T, T))
     net.masked = masks
@@ -239,6 +261,15 @@ CASES = {
     "encoder, time first": (lambda: layers(False, False), {"layers.layers.0.norm1.weight": "norm"}),
     "decoder": (lambda: layers(True, True), {"layers.layers.0.multihead_attn.in_proj_weight": "linear"}),
     "decoder, time first": (lambda: layers(False, True), {"layers.layers.1.multihead_attn.in_proj_bias": "bias"}),
+    "rows that overlap": (
+        lambda: CutOverlapping(packed=parameter(H, H), lin=nn.Linear(H, H, bias=False)),
+        {"packed": FELL, "lin.weight": FELL},
+    ),
+    "rows of another shape": (lambda: CutReshaped(table=parameter(4, H)), {"table": "data"}),
+    "the first copy of a shared tensor": (
+        lambda: FirstCopyOfShared(row=parameter(H), scale=parameter(H)),
+        {"row": FELL, "scale": FELL},
+    ),
     "rows of one matrix": (
         lambda: CutPacked(packed=parameter(H, H), lin=nn.Linear(H, H, bias=False), whole=parameter(H, H)),
         {"packed": FELL, "lin.weight": "linear", "whole": "linear"},

@@ -58,7 +58,6 @@ class Use:
     occurrence: int
     rule: str
     layout: Layout
-    anywhere: bool  # its rule can follow any layout
     rows: Rows | None = None  # of the parameter, if the use takes only these
     ids: Tensor | None = None  # [N, L], of an embedding
 
@@ -203,13 +202,13 @@ class Capture(TorchFunctionMode):
             return None
         if self.rows_chosen and len(result) == 2 and layout is not Layout.ALONE:
             return None
-        return self._use(Use(known.name, occurrence, rule, layout, anywhere, known.rows))
+        return self._use(Use(known.name, occurrence, rule, layout, known.rows))
 
     def claim_data(self, tensor: Tensor) -> Use | None:
         """Return the use to feed if a known tensor is itself the data of an operation, None to leave it alone."""
         known = self._known[id(tensor)]
         layout = self.policy.layout(known.name, AS_DATA, (), Source.PARAMETERS)
-        return None if layout is None else self._use(Use(known.name, AS_DATA, "data", layout, True, known.rows))
+        return None if layout is None else self._use(Use(known.name, AS_DATA, "data", layout, known.rows))
 
     def _use(self, use: Use) -> Use:
         self.uses.append(use)

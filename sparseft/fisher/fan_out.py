@@ -37,7 +37,6 @@ class FanOut:
     names: frozenset[str]
     occurrence: int
     layout: Layout
-    anywhere = True
 
 
 class _Copies(torch.autograd.Function):

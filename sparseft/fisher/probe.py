@@ -226,7 +226,7 @@ class _Isolation:
         self._backpropagate(outputs)
         if self._strayed:
             # the same size fits a batch whose samples alternate
-            again = [use for use in self._strayed if use.layout is Layout.FLAT and use.anywhere]
+            again = [use for use in self._strayed if use.layout is Layout.FLAT]
             for use in again:
                 use.layout = Layout.INTERLEAVED
             if again:
