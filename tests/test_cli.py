@@ -138,9 +138,9 @@ def plain_logits(folder, *texts):
         return model, model(**batch).logits.float().cpu()
 
 
-@pytest.mark.parametrize("method", ["fish", "sift", "magnitude", "random", "head"])
+@pytest.mark.parametrize("method", ["fish", "ird", "sift", "magnitude", "random", "head"])
 def test_train_and_merge_give_plain_transformers_the_same_logits(bert, data, tmp_path, method):
-    samples = ["--samples", 64] if method in ("fish", "sift") else []
+    samples = ["--samples", 64] if method in ("fish", "ird", "sift") else []
     found = run(
         "train", bert, *data, "--method", method, "--density", 0.05, "--lr", 0.01, *samples, "-o", tmp_path / "out"
     )
