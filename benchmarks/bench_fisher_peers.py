@@ -30,9 +30,9 @@ def test_peers(compare, device, name, n, t):
         },
         rounds=5,
         peaks={
-            "sparseft": harness.peak_bytes("estimate_fisher", device, name, n, t),
+            "sparseft": harness.peak_bytes("estimate_fisher", device, name, 1, n, t),
             **{
-                NAMES.get(each, "forward + backward"): harness.peak_bytes(each, device, name, n, t)
+                NAMES.get(each, "forward + backward"): harness.peak_bytes(each, device, name, 1, n, t)
                 for each in measured
             },
         },

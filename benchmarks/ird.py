@@ -2,12 +2,14 @@
 
     python benchmarks/ird.py cpu2 --data ../shared/data        # goes on where it stopped: finished runs are skipped
     python benchmarks/ird.py cpu2 --table                      # what the rows say
+    python benchmarks/ird.py cpu2 --data ../shared/data --choose --tasks rte sst2 --samples 32 --densities 0.005
 
 A run trains an encoder with one mask and measures it on dev rows. For a seed, every method sees the same training
 rows in the same order, starts from the same weights, and has the same number of weights in a cell: seeds pair up. FISH
 takes the first N samples of a shuffled pool; IRD starts from the whole pool and twice the largest density, and halves
 its way down the grid; random entries look at no samples, so that one run serves all N. Cells are given, not chosen,
-and no search sees a dev row. Rows go to results/ird-MACHINE.csv.
+and no search sees a dev row. Rows go to results/ird-MACHINE.csv. --choose trains nothing and says what the options of
+the sample score keep: rows of results/ird-samples-MACHINE.csv.
 """
 
 from __future__ import annotations
@@ -152,7 +154,7 @@ class Bench:
             "dev_rows": len(self.encoded.dev),
             "dev_accuracy": round(result.evaluation.metrics["accuracy"], 4),
             "dev_loss": round(float(torch.nn.functional.cross_entropy(outputs, labels)), 4),
-            **self._kept(chosen),
+            **self.kept(chosen),
             "seconds": round(time.perf_counter() - started, 1),
         }
 
@@ -162,7 +164,7 @@ class Bench:
         values = (self.task, method, samples, density, self.seed, options.train_rows, options.max_length)
         return dict(zip(CASE, (*values, options.epochs, options.pool), strict=True))
 
-    def _kept(self, chosen: list[int]) -> dict[str, Any]:
+    def kept(self, chosen: list[int]) -> dict[str, Any]:
         """Say what the samples that chose are like: their length beside the pool's, and their largest class."""
         if not chosen:
             return {"kept_length": "", "kept_largest_class": ""}
@@ -194,6 +196,22 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
             row = bench.run(method, samples, density)
             provenance.append(path, [{**row, **provenance.stamp()}])
             print(json.dumps(row), flush=True)
+
+
+def choose_all(options: argparse.Namespace, path: Path) -> None:
+    """For every way to score samples, say which it keeps, and what that does to the mask; add rows."""
+    for seed, task in itertools.product(options.seeds, options.tasks):
+        bench = Bench(task, seed, options)
+        for samples, density in itertools.product(options.samples, options.densities):
+            plain, _ = bench.mask("ird", samples, density)
+            rows = []
+            for method, search in SEARCHES.items():
+                if search is not None:
+                    mask, chosen = bench.mask(method, samples, density)
+                    overlap = {"overlap_with_ird": round(mask.overlap(plain), 3)}
+                    rows.append({**bench.case(method, samples, density), **bench.kept(chosen), **overlap})
+                    print(json.dumps(rows[-1]), flush=True)
+            provenance.append(path, [{**row, **provenance.stamp()} for row in rows])
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -276,6 +294,7 @@ def main() -> None:
     parser.add_argument("machine", help="name of the results file")
     parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="folder of results files")
     parser.add_argument("--table", action="store_true", help="print what the rows say, and run nothing")
+    parser.add_argument("--choose", action="store_true", help="only look at what scores of samples keep")
     parser.add_argument("--data", type=Path, help="folder that holds the tasks' folders")
     parser.add_argument("--model", default=None, help="folder or hub id; MiniLM if left out")
     parser.add_argument("--tasks", nargs="+", default=list(TRAIN_FILES), choices=TRAIN_FILES)
@@ -301,7 +320,10 @@ def main() -> None:
         parser.error("--data is missing: the folder that holds the tasks' folders")
     options.model = options.model or models.minilm()
     models.quiet()
-    run_all(options, path)
+    if options.choose:
+        choose_all(options, options.results / f"ird-samples-{options.machine}.csv")
+    else:
+        run_all(options, path)
 
 
 if __name__ == "__main__":

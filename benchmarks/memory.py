@@ -1,6 +1,6 @@
 """Print the peak memory of one workload above what was there before it, in bytes.
 
-    python benchmarks/memory.py estimate_fisher cpu MiniLM 16 128
+    python benchmarks/memory.py estimate_fisher cpu MiniLM 1 16 128
     python benchmarks/memory.py topk_indices cpu
 
 A process of its own for each: the allocator keeps what earlier work freed, which would hide what the next takes.
@@ -32,14 +32,14 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
         run = SELECTIONS[workload]
         few, many = workloads.scores(device, 2, 100), workloads.scores(device)
         return lambda: run(few, 10), lambda: run(many, workloads.K)
-    name, samples, tokens = details
+    name, batches, samples, tokens = details
     model = workloads.MODELS[name](device)
     if workload in peers.PEERS:
         run = peers.PEERS[workload](model)
     else:
         run = functools.partial(workloads.PASSES[workload], model)
     small = workloads.batches(name, device, 1, 2, 8)
-    full = workloads.batches(name, device, 1, int(samples), int(tokens))
+    full = workloads.batches(name, device, int(batches), int(samples), int(tokens))
     return lambda: (run(small), model.zero_grad()), lambda: run(full)
 
 

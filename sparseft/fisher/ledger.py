@@ -22,6 +22,32 @@ _CHECK_EVERY = 8
 Add = Callable[[Mapping[str, Tensor], Batch, list[int]], list[int]]
 
 
+class Sums(dict[str, Tensor]):
+    """Name -> fp32 sums of a parameter's shape, zero at first, made when they are first asked for.
+
+    In the first backward pass they come as activations go, as gradients do in an ordinary one.
+    """
+
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._parameters = parameters
+
+    def __missing__(self, name: str) -> Tensor:
+        parameter = self._parameters[name]
+        self[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        return self[name]
+
+    def complete(self) -> None:
+        """Make what was never asked for, and put all in the order of the parameters."""
+        made = {name: self[name] for name in self._parameters}
+        self.clear()
+        self.update(made)
+
+    def like(self) -> Sums:
+        """Return sums of the same parameters, zero."""
+        return Sums(self._parameters)
+
+
 class Ledger:
     """Sums that only finite samples enter.
 
@@ -31,13 +57,13 @@ class Ledger:
     """
 
     def __init__(self, like: Mapping[str, Tensor], add: Add) -> None:
-        self.sums = _zeros(like)
+        self.sums = Sums(like)
         self.used: list[int] = []
         self.dropped: list[int] = []
         self._add = add
-        self._scratch: dict[str, Tensor] | None = None
+        self._scratch: Sums | None = None
         self._journal: list[tuple[Batch, list[int]]] = []
-        self._room = sum(total.numel() * total.element_size() for total in self.sums.values())
+        self._room = sum(4 * parameter.numel() for parameter in like.values())
 
     def add(self, batch: Batch, positions: list[int]) -> None:
         """Add a batch."""
@@ -51,20 +77,21 @@ class Ledger:
             self._check()
 
     def settle(self) -> None:
-        """Check what was added since the last check; the sums are finite afterwards."""
+        """Check what was added since the last check; the sums are finite and complete afterwards."""
         if self._scratch is None:
             self._check()
+        self.sums.complete()
 
     def _check(self) -> None:
         if not _finite(self.sums):
             journal = self._journal
             self.used, self.dropped = [], []
             _clear(self.sums)
-            self._scratch = _zeros(self.sums)
+            self._scratch = self.sums.like()
             for batch, positions in journal:
                 self._add_checked(batch, positions)
         elif self._room < 0:
-            self._scratch = _zeros(self.sums)
+            self._scratch = self.sums.like()
         if self._scratch is not None:
             self._journal = []
 
@@ -75,22 +102,19 @@ class Ledger:
                     self.dropped.append(position)
 
     def _try(self, batch: Batch, positions: list[int]) -> bool:
-        scratch = self._scratch or {}
+        scratch = self._scratch if self._scratch is not None else self.sums.like()
         _clear(scratch)
         left_out = self._add(scratch, batch, positions)
         if not _finite(scratch):
             return False
-        torch._foreach_add_(list(self.sums.values()), list(scratch.values()))
+        if scratch:
+            torch._foreach_add_([self.sums[name] for name in scratch], list(scratch.values()))
         self._note(positions, left_out)
         return True
 
     def _note(self, positions: list[int], left_out: list[int]) -> None:
         self.dropped += left_out
         self.used += [position for position in positions if position not in left_out]
-
-
-def _zeros(like: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: torch.zeros(t.shape, dtype=torch.float32, device=t.device) for name, t in like.items()}
 
 
 def _clear(sums: Mapping[str, Tensor]) -> None:
