@@ -78,6 +78,11 @@ class RawMatmul(Net):
         return x @ self.matrix
 
 
+class MatmulFromTheLeft(Net):
+    def odd(self, x):
+        return self.matrix @ x
+
+
 class ParameterAsData(Net):
     def odd(self, x):
         return x + self.lin(self.table).sum(0)
@@ -202,7 +207,8 @@ CASES = {
         {"lin.weight": LINEAR, "norm.weight": "norm", "scale": "elementwise"},
     ),
     "samples reversed": (lambda: Reversed(lin=nn.Linear(H, H)), {"lin.weight": FELL}),
-    "matmul": (lambda: RawMatmul(matrix=parameter(H, H)), {"matrix": FELL}),
+    "matmul": (lambda: RawMatmul(matrix=parameter(H, H)), {"matrix": LINEAR}),
+    "matmul from the left": (lambda: MatmulFromTheLeft(matrix=parameter(T, T)), {"matrix": FELL}),
     "a parameter as data": (
         lambda: ParameterAsData(lin=nn.Linear(H, H), table=parameter(7, H)),
         {"lin.weight": LINEAR, "lin.bias": "bias", "table": "data"},

@@ -1,4 +1,4 @@
-"""Linear layers: F.linear, and torch.addmm as transformers' Conv1D calls it (weight [I, O], tokens flattened)."""
+"""Linear layers: F.linear, products x @ weight, and torch.addmm as transformers' Conv1D calls it (weight [I, O])."""
 
 from __future__ import annotations
 
@@ -82,4 +82,15 @@ def _addmm(capture: Capture, input: Tensor, mat1: Tensor, mat2: Tensor, **scales
     return _capture_linear(capture, mat1, mat2, input, conv1d=True)
 
 
-RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {F.linear: _linear, torch.addmm: _addmm}
+def _matmul(capture: Capture, input: Tensor, other: Tensor | None = None, **options: Any) -> Tensor | None:
+    if other is None or options or not capture.knows(other):
+        return None
+    return _capture_linear(capture, input, other, None, conv1d=True)
+
+
+_TENSOR = torch.Tensor
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    **dict.fromkeys((torch.matmul, _TENSOR.matmul, _TENSOR.__matmul__), _matmul),
+}
