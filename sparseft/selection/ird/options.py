@@ -49,9 +49,11 @@ class Options:
         trial_lr: learning rate of its training.
         patience: rounds without a better figure after which the search ends.
         reverse: the control that should do worse: keep the lowest half of the "samples", the "parameters" or "both".
-        class_balance: keep the same share of every class (of integer labels).
-        length_normalisation: divide a sample's score by its number of tokens (its attention mask's sum), for gradients
-            that grow with the text.
+        class_balance: keep the same share of every class (of integer labels). Scores alone may lean to one: of 32 of
+            128 sentences of SST-2 they kept up to three quarters of a class.
+        length_normalisation: divide a sample's score by its number of tokens (its attention mask's sum), for losses
+            that are sums over tokens. Where a text has one label, as in RTE and SST-2, scores hardly depend on length,
+            and this keeps texts of half to two thirds of the mean length.
         influence_cap: scale a sample's squared gradients down to this many times those of the median sample; None for
             no cap. The gradient of cross-entropy is the larger the less likely the label seems to the model, so the
             highest Fisher often belongs to a wrong label; a cap keeps a few such samples from choosing the entries.
