@@ -8,6 +8,7 @@ two goes to the fallback.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -18,6 +19,7 @@ from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Use
 from sparseft.fisher.contribution import Contribution, Outer, Vector
 from sparseft.fisher.coupling import check_uncoupled, coupled
+from sparseft.fisher.excerpt import excerpt
 from sparseft.fisher.fan_out import FanOut
 from sparseft.fisher.layout import Layout, fits
 from sparseft.fisher.loss import Objective, Pullback
@@ -130,6 +132,14 @@ def probe(
     model: nn.Module, objective: Objective, batch: Batch, positions: list[int], parameters: Mapping[str, Tensor]
 ) -> Plan | None:
     """Return the plan, or None if no sample of the batch has a finite loss."""
+    short = excerpt(batch)
+    if short is not None:
+        first = list(range(min(len(positions), _LARGE)))
+        # what an excerpt does not settle, the whole batch does, errors included
+        with contextlib.suppress(_Untelling, *_MISFIT):
+            plan = _Probing(model, objective, short, positions, parameters).plan(first, strict=True)
+            if not plan.fallback:
+                return plan
     probing = _Probing(model, objective, batch, positions, parameters)
     try:
         return probing.plan(list(range(min(len(positions), _LARGE))), strict=True)
