@@ -318,6 +318,7 @@ def main() -> None:
         return
     if options.data is None:
         parser.error("--data is missing: the folder that holds the tasks' folders")
+    options.results.mkdir(parents=True, exist_ok=True)
     options.model = options.model or models.minilm()
     models.quiet()
     if options.choose:
