@@ -13,7 +13,7 @@ from sparseft.fisher.capture import Use
 from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
-from sparseft.fisher.parameters import aliases, scored_parameters, unwrapped
+from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
 from sparseft.fisher.report import FisherReport
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.fisher.state import evaluation, without_recomputation
@@ -116,7 +116,7 @@ class ColumnPass:
         self._parameters = _chosen(self._model, indices)
         self.report = FisherReport(
             str(objective.settings["mode"]),
-            aliases=aliases(self._model, self._parameters),
+            aliases=other_names(self._model, self._parameters),
             settings=objective.settings,
         )
         self._run = OnePass(self._model, objective, self._parameters, self.report)

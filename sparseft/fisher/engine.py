@@ -13,7 +13,7 @@ from sparseft.fisher.batches import Batch, limited
 from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
-from sparseft.fisher.parameters import aliases, scored_parameters, unwrapped
+from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
 from sparseft.fisher.report import FisherReport, FisherScores, few
 from sparseft.fisher.resume import Continuation, fingerprint
 from sparseft.fisher.sample_dim import SampleDim
@@ -93,7 +93,7 @@ def estimate_fisher(
     turned = SampleDim(batch_dim)
     objective = Objective(mode, loss, token_reduction, seed, label_smoothing=label_smoothing, samples=turned)
     report = FisherReport(
-        mode, aliases=aliases(model, parameters), settings=objective.settings, fingerprint=fingerprint(model)
+        mode, aliases=other_names(model, parameters), settings=objective.settings, fingerprint=fingerprint(model)
     )
     past = Continuation(resume, checkpoint, checkpoint_seconds, parameters, report)
     run = OnePass(model, objective, parameters, report)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from sparseft.mask import aliases
+
 
 def unwrapped(model: nn.Module) -> nn.Module:
     """Return the module that torch.compile wrapped, or the model itself."""
@@ -36,11 +38,10 @@ def scored_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str
     return chosen
 
 
-def aliases(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
+def other_names(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, list[str]]:
     """Return the other names of tied parameters, by first name."""
-    first = {id(p): name for name, p in parameters.items()}
     found: dict[str, list[str]] = {}
-    for name, p in model.named_parameters(remove_duplicate=False):
-        if id(p) in first and first[id(p)] != name:
-            found.setdefault(first[id(p)], []).append(name)
+    for other, first in aliases(model).items():
+        if first in parameters:
+            found.setdefault(first, []).append(other)
     return found
