@@ -20,7 +20,10 @@ class Twice(Net):
 
 class ByKeyword(Net):
     def odd(self, x):
-        return F.linear(input=x, weight=self.lin.weight, bias=self.lin.bias)
+        first, second = torch.chunk(input=self.packed, chunks=2)
+        y = F.linear(input=x, weight=self.lin.weight, bias=self.lin.bias)
+        y = torch.add(torch.mul(input=y, other=self.scale), other=first.view(-1))
+        return torch.sub(y, other=torch.matmul(input=x, other=self.matrix), alpha=2) * torch.add(second, 1, alpha=2)
 
 
 class UsedOutputAndNot(Net):
@@ -185,7 +188,10 @@ LINEAR, FELL = "linear", "fallback"
 # module -> the rule that must serve each of its own parameters
 CASES = {
     "linear used twice": (lambda: Twice(lin=nn.Linear(H, H)), {"lin.weight": LINEAR, "lin.bias": "bias"}),
-    "called by keyword": (lambda: ByKeyword(lin=nn.Linear(H, H)), {"lin.weight": LINEAR, "lin.bias": "bias"}),
+    "called by keyword": (
+        lambda: ByKeyword(lin=nn.Linear(H, H), packed=parameter(2, H), scale=parameter(H), matrix=parameter(H, H)),
+        {"lin.weight": LINEAR, "lin.bias": "bias", "matrix": LINEAR, "scale": "data", "packed": "data"},
+    ),
     "one use without output": (lambda: UsedOutputAndNot(lin=nn.Linear(H, H)), {"lin.weight": LINEAR}),
     "positions [T]": (
         lambda: PositionsWithoutBatch(pos=nn.Embedding(T, H), scale=parameter(H)),

@@ -127,9 +127,9 @@ class Capture(TorchFunctionMode):
         # without grad mode nothing is recorded for backward, in an ordinary pass as little as here
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
-        if func in composite.BODIES:
+        if func in composite.COMPOSITES:
             with self:
-                return composite.BODIES[func](*args, **kwargs)
+                return composite.body(func)(*args, **kwargs)
         self._claimed = []
         if func in _LAYERS and args and self.knows(args[0]):
             args = (self.shared.data(args[0]), *args[1:])

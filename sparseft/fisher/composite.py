@@ -21,26 +21,25 @@ if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture
 
 
-def _body(function: types.FunctionType) -> Callable[..., Any]:
-    """Return the function without the hand-over at its beginning."""
+COMPOSITES: set[Callable[..., Any]] = {F.multi_head_attention_forward}
+
+
+def body(function: Any) -> Callable[..., Any]:
+    """Return a composite without the hand-over at its beginning."""
     names = {**function.__globals__, "has_torch_function": lambda tensors: False}
     copy = types.FunctionType(function.__code__, names, function.__name__, function.__defaults__, function.__closure__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy
 
 
-BODIES: dict[Callable[..., Any], Callable[..., Any]] = {
-    F.multi_head_attention_forward: _body(F.multi_head_attention_forward)  # type: ignore[arg-type]
-}
-
-
 def _parts(function: Callable[..., Any]) -> Callable[..., tuple[Tensor, ...] | None]:
     """Return the rule of a function that cuts a parameter into blocks of rows."""
 
-    def follow(capture: Capture, tensor: Tensor, sizes: Any, dim: int = 0) -> tuple[Tensor, ...] | None:
+    def follow(capture: Capture, tensor: Any = None, *args: Any, **kwargs: Any) -> tuple[Tensor, ...] | None:
+        dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         if not capture.whole(tensor) or tensor.dim() == 0 or dim % tensor.dim():
             return None
-        parts: tuple[Tensor, ...] = function(tensor, sizes, dim=dim)
+        parts: tuple[Tensor, ...] = function(tensor, *args, **kwargs)
         start, width = 0, tensor[0].numel()
         for part in parts:
             capture.alias(tensor, part, Rows(start, start + len(part), width))

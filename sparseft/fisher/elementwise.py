@@ -94,7 +94,7 @@ def _operands(capture: Capture, a: Any, b: Any) -> tuple[Tensor, Tensor, Use, bo
     return None if use is None else (x, param, use, first)
 
 
-def _mul(capture: Capture, a: Any, b: Any, **options: Any) -> Tensor | None:
+def _mul(capture: Capture, a: Any = None, b: Any = None, **options: Any) -> Tensor | None:
     found = None if options else _operands(capture, a, b)
     if found is None:
         return None
@@ -102,11 +102,11 @@ def _mul(capture: Capture, a: Any, b: Any, **options: Any) -> Tensor | None:
     return scale(capture, use, x, param)
 
 
-def _add(capture: Capture, a: Any, b: Any, **options: Any) -> Tensor | None:
+def _add(capture: Capture, a: Any = None, b: Any = None, **options: Any) -> Tensor | None:
     return None if options else _sum(capture, a, b, torch.add, 1)
 
 
-def _sub(capture: Capture, a: Any, b: Any, **options: Any) -> Tensor | None:
+def _sub(capture: Capture, a: Any = None, b: Any = None, **options: Any) -> Tensor | None:
     return None if options else _sum(capture, a, b, torch.sub, -1)
 
 
