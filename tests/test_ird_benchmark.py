@@ -52,7 +52,7 @@ def test_the_table_pairs_seeds_and_counts_cells(bench):
         "in 1 and 0; +2.600 points over all 5 pairs"
     ) in text
     assert any(line.startswith("- dev loss, IRD and fish: ahead in 1 of 2 cells") for line in text)
-    assert any("+0.026 nats less" in line for line in text)
+    assert any("+0.026 nats (positive: IRD's loss is lower)" in line for line in text)
 
 
 def test_finished_runs_are_skipped(bench, tmp_path, monkeypatch):
