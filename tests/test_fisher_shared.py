@@ -10,6 +10,7 @@ from models import one_thread  # noqa: F401
 from nets import C, H, N, Net, T, assert_exact, data, parameter
 from torch import nn
 
+from sparseft import testing
 from sparseft.fisher import estimate_fisher, sample_gradients
 from sparseft.fisher.capture import Capture
 
@@ -21,7 +22,7 @@ def scores_of(x):
 class RelativeBias(Net):
     # as in T5: one bias, added to the scores of every layer, in a matrix that other tokens of the sample look up too
     def odd(self, x):
-        places = torch.arange(x.shape[1])
+        places = torch.arange(x.shape[1], device=x.device)
         bias = self.pos(places[:, None] - places + T).permute(2, 0, 1).unsqueeze(0)
         scores = scores_of(x).unsqueeze(1) + bias
         mixed = torch.matmul(scores.softmax(-1), x.unsqueeze(1)).sum(1)
@@ -57,14 +58,14 @@ class TimeMajorRepeated(Net):
     def odd(self, x):
         y = x.transpose(0, 1)
         tail = (self.first * 1).repeat(1, y.shape[1], 1)
-        return torch.cat([y + self.pos(torch.arange(len(y)))[:, None], tail]).transpose(0, 1)
+        return torch.cat([y + self.pos(torch.arange(len(y), device=x.device))[:, None], tail]).transpose(0, 1)
 
 
 class Windows(Net):
     # as in Swin: windows of a sample follow each other in the first dimension
     def odd(self, x):
         windows = x.reshape(-1, 2, H)
-        bias = self.table[torch.tensor([[0, 1], [2, 0]])]
+        bias = self.table[torch.tensor([[0, 1], [2, 0]], device=x.device)]
         return torch.matmul((scores_of(windows) + bias).softmax(-1), windows).view(x.shape)
 
 
@@ -110,7 +111,7 @@ class LookedAt(Net):
     # what is computed from the weight beside its use changes nothing
     def odd(self, x):
         self.seen = self.lin.weight.norm() + self.pos.weight.T.sum()
-        return self.lin(x) + self.pos(torch.arange(x.shape[1]))
+        return self.lin(x) + self.pos(torch.arange(x.shape[1], device=x.device))
 
 
 class FirstTokenOfTimeMajor(Net):
@@ -136,9 +137,9 @@ def attention(arguments, **options):
 
 
 def masked(y):
-    padding = torch.zeros(y.shape[1], len(y), dtype=torch.bool)
+    padding = torch.zeros(y.shape[1], len(y), dtype=torch.bool, device=y.device)
     padding[:, -1] = True
-    causal = torch.ones(len(y), len(y), dtype=torch.bool).triu(1)
+    causal = torch.ones_like(padding[0]).expand(len(y), -1).triu(1)
     return y, y, {"key_padding_mask": padding, "attn_mask": causal, "need_weights": False}
 
 
@@ -189,6 +190,17 @@ class FirstCopyOfShared(Net):
     def odd(self, x):
         copies = (self.row * self.scale).expand(len(x), -1)
         return x * copies[0]
+
+
+class Does(Net):
+    def odd(self, x):
+        return self.does(self, x)
+
+
+def does(function, **parts):
+    net = Does(**parts)
+    net.does = function
+    return net
 
 
 def bias_in_attention(masks):
@@ -261,6 +273,57 @@ CASES = {
     "encoder, time first": (lambda: layers(False, False), {"layers.layers.0.norm1.weight": "norm"}),
     "decoder": (lambda: layers(True, True), {"layers.layers.0.multihead_attn.in_proj_weight": "linear"}),
     "decoder, time first": (lambda: layers(False, True), {"layers.layers.1.multihead_attn.in_proj_bias": "bias"}),
+    "learned queries": (
+        lambda: does(
+            lambda net, x: net.attention(net.queries.expand(len(x), -1, -1), x, x)[0],
+            attention=nn.MultiheadAttention(H, 2, batch_first=True),
+            queries=parameter(1, 3, H),
+        ),
+        {"attention.in_proj_weight": "linear", "queries": "elementwise"},
+    ),
+    "attention among parameters": (
+        lambda: does(
+            lambda net, x: x + net.attention(net.queries, net.queries, net.queries)[0].mean(0),
+            attention=nn.MultiheadAttention(H, 2),
+            queries=parameter(3, H),
+        ),
+        {"attention.in_proj_weight": "linear", "attention.out_proj.bias": "bias", "queries": "data"},
+    ),
+    "positions resized": (
+        lambda: does(
+            lambda net, x: x + F.interpolate(net.grid, size=x.shape[1], mode="linear").mT, grid=parameter(1, H, 4)
+        ),
+        {"grid": "data"},
+    ),
+    "activated scales": (
+        lambda: does(
+            lambda net, x: net.shift - x * F.softplus(net.gain) / (net.shift.exp() + 1),
+            gain=parameter(H),
+            shift=parameter(1),
+        ),
+        {"gain": "data", "shift": "data + elementwise"},
+    ),
+    "a weight put together": (
+        lambda: does(
+            lambda net, x: F.linear(x, net.whole + net.down @ net.up),
+            whole=parameter(H, H),
+            down=parameter(H, 2),
+            up=parameter(2, H),
+        ),
+        {"whole": FELL, "down": FELL, "up": FELL},
+    ),
+    "an unknown operation": (
+        lambda: does(lambda net, x: torch.lerp(x, x.tanh(), net.gain.sigmoid()), gain=parameter(H)),
+        {"gain": FELL},
+    ),
+    "written into the batch": (
+        lambda: does(
+            lambda net, x: torch.select_scatter(x, net.row.expand_as(x[:, 0]) * net.gain, 1, 0),
+            row=parameter(H),
+            gain=parameter(H),
+        ),
+        {"row": "data", "gain": "elementwise"},
+    ),
     "rows that overlap": (
         lambda: CutOverlapping(packed=parameter(H, H), lin=nn.Linear(H, H, bias=False)),
         {"packed": FELL, "lin.weight": FELL},
@@ -277,11 +340,12 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("device", testing.devices())
 @pytest.mark.parametrize("case", CASES)
-def test_shared_tensors_and_attention_are_captured_and_exact(case):
+def test_shared_tensors_and_attention_are_captured_and_exact(case, device):
     torch.manual_seed(0)
     make, rules = CASES[case]
-    model = make()
+    model = make().to(device)
     ids, targets = data()
     for batches in ([(ids, targets)], [(ids[:1], targets[:1]), (ids[1:], targets[1:])]):
         report = assert_exact(model, batches).report
