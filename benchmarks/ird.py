@@ -235,7 +235,7 @@ def table(rows: list[dict[str, str]]) -> str:
         if other != "ird":
             lines.append(f"- dev accuracy, {_verdict(found, other, 100, 'points')}")
             losses = _by_cell(rows, "dev_loss")
-            lines.append(f"- dev loss, {_verdict(losses, other, -1, "nats (positive: IRD's loss is lower)")}")
+            lines.append("- dev loss, " + _verdict(losses, other, -1, "nats (positive: IRD's loss is lower)"))
     return "\n".join(lines)
 
 
