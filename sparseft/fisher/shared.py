@@ -120,6 +120,7 @@ class Shared:
         alone = origin.source is not Source.BATCH
         result = None
         if alone:
+            # many operations only look at a parameter: its dtype, its norm for the log
             result = func(*args, **kwargs)
             if not any(tensor.requires_grad for tensor in tensors(result)):
                 return result
@@ -135,7 +136,7 @@ class Shared:
         if met is not None and fanned is not None:
             copies, axis = fanned
             return met.run(replaced(args, copies), replaced(kwargs, copies), axis)
-        if known or not alone:
+        if known or not alone:  # on what was captured of the parameters, or for the first time
             result = func(*args, **kwargs)
         names = self.origin(args, kwargs).names
         return self.add(result, names) if alone and names else result
