@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 @pytest.fixture
 def bench(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    for name in ("ird", "provenance"):
+    for name in ("ird", "ird_table", "provenance"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     return importlib.import_module("ird")
 
@@ -42,7 +42,7 @@ def test_the_table_pairs_seeds_and_counts_cells(bench):
         *rows([0.50, 0.62, 0.90], "fish", samples=8),
         *rows([0.70, 0.50, 0.70], "random", samples=0),
     ]
-    text = bench.table(found).splitlines()
+    text = bench.ird_table.table(found, list(bench.SEARCHES)).splitlines()
     assert text[0] == "| task | samples | density | ird | fish | random |"
     assert text[2] == "| rte | 8 | 0.5 % | 55.0 ± 7.1 (2) | 67.3 ± 20.5 (3) | 63.3 ± 11.5 (3) |"
     assert text[3] == "| rte | 32 | 0.5 % | 62.0 ± 2.0 (3) | 57.0 ± 1.7 (3) | 63.3 ± 11.5 (3) |"
