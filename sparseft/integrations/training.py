@@ -33,9 +33,9 @@ SAMPLING = ("fish", "ird", "sift")
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
 # ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
 DEFAULT_LR = {
-    "fish": 3e-3,
-    "ird": 3e-3,  # as for fish: the entries are of the same kind
-    "sift": 3e-3,
+    "fish": 1e-3,
+    "ird": 1e-3,  # as for fish: the entries are of the same kind
+    "sift": 1e-3,
     "magnitude": 1e-2,
     "random": 3e-2,
     "head": 1e-1,
