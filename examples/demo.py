@@ -50,6 +50,7 @@ class Row:
 
     method: str
     lr: float
+    head_lr: float | None
     steps: int
     trained_weights: int
     weights: int
@@ -108,6 +109,7 @@ def run(setup: Setup, method: str, output: Path) -> Row:
     return Row(
         method=method,
         lr=result.lr,
+        head_lr=result.head_lr,
         steps=result.steps,
         trained_weights=result.trained,
         weights=sum(parameter.numel() for parameter in model.parameters()),
