@@ -11,7 +11,7 @@ from nets import C, H, N, Net, T, assert_exact, data, parameter
 from torch import nn
 
 from sparseft import testing
-from sparseft.fisher import estimate_fisher, sample_gradients
+from sparseft.fisher import batch_one_fisher, estimate_fisher, sample_gradients
 from sparseft.fisher.capture import Capture
 
 
@@ -407,3 +407,44 @@ def test_nothing_is_held_when_the_pass_is_over(monkeypatch):
         assert not any(capture() is not None for capture in seen)
     finally:
         gc.enable()
+
+
+class NormedFirst(nn.Module):
+    # the first thing that happens to the input is in no rule's reach: a convolution whose weight is computed
+    def __init__(self):
+        super().__init__()
+        self.first = nn.utils.parametrizations.weight_norm(nn.Conv1d(3, 4, 3))
+        self.second, self.last = nn.Conv1d(4, 4, 3), nn.Linear(4 * 6, C)
+
+    def forward(self, x):
+        return self.last(self.second(self.first(x).tanh()).flatten(1))
+
+
+class MaskedFirst(nn.Module):
+    # inputs without gradients on their way to a parameter, through operations that no rule knows
+    def __init__(self):
+        super().__init__()
+        self.table, self.last = parameter(5, 4), nn.Linear(4, C)
+
+    def forward(self, x):
+        kept = x.flatten(1)[:, :5].gt(0).float().cumsum(1)
+        return self.last(torch.einsum("ni,ij->nj", kept, self.table).tanh())
+
+
+@pytest.mark.parametrize(
+    ("net", "slow"),
+    [
+        (NormedFirst, {"first.bias", *(f"first.parametrizations.weight.original{i}" for i in range(2))}),
+        (MaskedFirst, {"table"}),
+    ],
+)
+def test_what_follows_an_uncaptured_first_operation_is_of_the_batch(net, slow):
+    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(0)
+    model = net()
+    x, labels = torch.randn(6, 3, 10, generator=generator), torch.randint(0, C, (6,), generator=generator)
+    scores = estimate_fisher(model, [(x[:4], labels[:4]), (x[4:], labels[4:])], progress=False)
+    assert set(scores.report.fallback) == slow
+    single = batch_one_fisher(model, [(x, labels)])
+    for name, expected in single.items():
+        torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=1e-6 * float(expected.max()))

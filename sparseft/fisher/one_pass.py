@@ -75,6 +75,7 @@ class OnePass:
                 return positions
         capture = Capture(self._parameters, self._plan.for_samples(len(positions)), len(positions))
         with capture:
+            capture.shared.feed(batch)
             pullback = self._objective(self._model, batch, positions)
         finite = pullback.finite()
         if not bool(finite.all()):

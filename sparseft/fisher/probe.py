@@ -193,10 +193,10 @@ class _Probing:
         return plan
 
     def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
+        batch = take(self.batch, samples)
         with capture:
-            pullback = self.objective(
-                self.model, take(self.batch, samples), [self.positions[sample] for sample in samples]
-            )
+            capture.shared.feed(batch)
+            pullback = self.objective(self.model, batch, [self.positions[sample] for sample in samples])
         if strict and not bool(_telling(pullback).all()):
             raise _Untelling
         return pullback.outputs

@@ -44,10 +44,14 @@ class Source(Enum):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where an operation's tensors come from, and the parameters that shared ones among them were computed from."""
+    """Where an operation's tensors come from, and the parameters that shared ones among them were computed from.
+
+    fed: one of them has no gradient, but differs from sample to sample: an input, or what was made of inputs alone.
+    """
 
     source: Source
     names: frozenset[str]
+    fed: bool = False
 
 
 class _Data(torch.autograd.Function):
@@ -79,19 +83,28 @@ class Shared:
         self._tensors: dict[int, SharedTensor] = {}
         self._occurrences: dict[frozenset[str], int] = {}
         self._received: dict[SharedTensor, Tensor] = {}
+        self._fed: dict[int, weakref.ref[Tensor]] = {}
+
+    def feed(self, nest: Any) -> None:
+        """Note that the tensors of a nest are inputs, or made of inputs: nothing made with them is shared."""
+        for tensor in tensors(nest):
+            if not tensor.requires_grad:
+                self._fed[id(tensor)] = weakref.ref(tensor)
 
     def origin(self, args: Any, kwargs: Any) -> Origin:
         """Return where the arguments of an operation come from."""
         names: frozenset[str] = frozenset()
-        source = Source.DATA
+        source, fed = Source.DATA, False
         for tensor in tensors((args, kwargs)):
-            if tensor.requires_grad and not self._capture.knows(tensor):
+            if not tensor.requires_grad:
+                fed = fed or self._is_fed(tensor)
+            elif not self._capture.knows(tensor):
                 shared = self._find(tensor)
                 if shared is None:
                     source = Source.BATCH
                 else:
                     names |= shared.names
-        return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names)
+        return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names, fed)
 
     def add(self, result: Any, names: frozenset[str]) -> Any:
         """Note that the tensors of a result are shared; return it."""
@@ -111,13 +124,20 @@ class Shared:
     def close(self) -> None:
         """Let go of the tensors, whose graph holds the capture: what backward needs of them, it has."""
         self._tensors.clear()
+        self._fed.clear()
 
     def apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         """Run an operation that no rule captures. What it makes of shared tensors and parameters alone is shared."""
+        result = self._apply(func, args, kwargs, origin)
+        if origin.fed:
+            self.feed(result)
+        return result
+
+    def _apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
         if not known and not origin.names:
             return func(*args, **kwargs)
-        alone = origin.source is not Source.BATCH
+        alone = origin.source is not Source.BATCH and not origin.fed
         result = None
         if alone:
             # many operations only look at a parameter: its dtype, its norm for the log
@@ -181,6 +201,10 @@ class Shared:
         found = self._tensors.get(id(tensor))
         # what is changed in place may have been given something of the batch
         return found if found is not None and found.version == tensor._version else None
+
+    def _is_fed(self, tensor: Tensor) -> bool:
+        found = self._fed.get(id(tensor))
+        return found is not None and found() is tensor
 
     def _shared_among(self, args: Any, kwargs: Any) -> list[Tensor]:
         return [tensor for tensor in tensors((args, kwargs)) if self._find(tensor) is not None]
