@@ -4,12 +4,15 @@ SPARSEFT_CUDA=0 leaves the CUDA part out, SPARSEFT_CUDA=1 insists on it.
 """
 
 import os
+import re
+import subprocess
 from pathlib import Path
 
 import pybind11
 import torch
 from setuptools import setup
-from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
+from torch.utils import cpp_extension
+from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtension
 
 CPU_SOURCES = [
     "csrc/module.cpp",
@@ -32,6 +35,19 @@ CUDA_SOURCES = [
 TARGET = "-DTORCH_TARGET_VERSION=0x020a000000000000"
 
 
+def cuda_home() -> Path | None:
+    """Return the folder of the CUDA toolkit: what torch found, or what nvcc says where that is but a wrapper of it."""
+    if cpp_extension.CUDA_HOME is None:
+        return None
+    home = Path(cpp_extension.CUDA_HOME)
+    nvcc = home / "bin" / "nvcc"
+    if not nvcc.exists() or (home / "include" / "cuda_runtime_api.h").exists():
+        return home if nvcc.exists() else None
+    plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+    found = re.search(r"^#\$ _HERE_=(.+)$", plan, re.MULTILINE)
+    return Path(found[1]).parent if found else home
+
+
 def with_cuda() -> bool:
     wanted = os.environ.get("SPARSEFT_CUDA", "")
     if wanted not in ("", "0", "1"):
@@ -39,7 +55,7 @@ def with_cuda() -> bool:
     missing = None
     if torch.version.cuda is None:
         missing = f"a CUDA build of torch, got torch {torch.__version__}"
-    elif CUDA_HOME is None or not (Path(CUDA_HOME) / "bin" / "nvcc").exists():
+    elif cuda_home() is None:
         missing = "nvcc, which is neither on the PATH nor in CUDA_HOME"
     if wanted == "1" and missing:
         raise SystemExit(f"SPARSEFT_CUDA=1 needs {missing}; install it, or set SPARSEFT_CUDA=0")
@@ -52,6 +68,7 @@ def extension():
     include = [pybind11.get_include()]
     if not with_cuda():
         return CppExtension("sparseft._C", CPU_SOURCES, include_dirs=include, extra_compile_args={"cxx": cxx})
+    cpp_extension.CUDA_HOME = str(cuda_home())
     # machine code for 8.0 to 9.x, and an intermediate form that drivers of newer GPUs translate
     os.environ.setdefault("TORCH_CUDA_ARCH_LIST", "8.0;9.0+PTX")
     nvcc = ["-O3", "-std=c++17", "-Xcompiler=-fvisibility=hidden", "-DUSE_CUDA", TARGET]
