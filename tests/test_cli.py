@@ -464,7 +464,7 @@ def test_doctor_tells_what_serves_each_op(monkeypatch):
     assert found["ok"] is compiled
     assert found["ops"] == ops.SERVED_BY
     assert all(name in result.stderr for name in ops.SCHEMAS)
-    assert found["versions"]["torch"] == torch.__version__
+    assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
     monkeypatch.setitem(ops.SERVED_BY, "gather", {"cpu": "reference", "cuda": "reference"})
     result = CliRunner().invoke(app, ["doctor"])
