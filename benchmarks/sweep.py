@@ -50,7 +50,7 @@ def try_rates(method: str, rates: list[float], splits: examples.Splits, options:
                 encoded,
                 mask,
                 lr=rate,
-                head_lr=options.head_lr,
+                head_lr=None if method == "head" else options.head_lr,
                 max_steps=options.steps,
                 batch_size=options.batch_size,
                 seed=options.seed,
@@ -64,7 +64,7 @@ def try_rates(method: str, rates: list[float], splits: examples.Splits, options:
         row = {
             "method": method,
             "lr": rate,
-            "head_lr": options.head_lr,
+            "head_lr": rate if method == "head" else options.head_lr,
             "accuracy": round(accuracy, 4),
             "loss": round(loss, 4),
             "density": options.density,

@@ -321,6 +321,8 @@ WRONG_OPTIONS = [
     (["--method", "random", "--samples", "8"], "samples must be left out for method 'random'"),
     (["--lr", "0"], "lr must be positive, got 0.0"),
     (["--lr", "nan"], "lr must be positive, got nan"),
+    (["--head-lr", "0"], "head_lr must be positive, got 0.0"),
+    (["--method", "head", "--head-lr", "0.1"], "head_lr is for new parameters that train beside others, got 0.1"),
     (["--epochs", "-1"], "epochs must be positive, got -1.0"),
     (["--epochs", "inf"], "epochs must be positive, got inf"),
     (["--batch-size", "0"], "Invalid value for '--batch-size'"),

@@ -163,7 +163,7 @@ def train(
         progress: show progress bars on stderr.
 
     Raises:
-        ValueError: an option is out of range.
+        ValueError: an option is out of range, or there is nothing that head_lr is for.
         RuntimeError: the model's outputs are not finite after training.
     """
     method = "full" if mask is None else mask.info.get("method")
@@ -178,7 +178,10 @@ def train(
     measure.reset_peak_memory()
     groups = _groups(loaded, mask)
     if len(groups) == 1:
-        head_lr = None
+        if head_lr is not None:
+            raise ValueError(
+                f"head_lr is for new parameters that train beside others, got {head_lr} for {method}; use lr"
+            )
     else:
         head_lr = groups[-1]["lr"] = head_lr or HEAD_LR
     optimizer = _optimizer(groups, mask, lr, weight_decay)
