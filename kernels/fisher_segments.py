@@ -135,15 +135,7 @@ def launch(
             *slabs.stride(),
             x.stride(0),
             dy.stride(0),
-            BLOCK_O=tile.block_o,
-            BLOCK_I=tile.block_i,
-            BLOCK_T=tile.block_t,
-            GROUP_O=tiles.GROUP_O,
-            # the interpreter's tl.dot multiplies the bit patterns of bf16 numbers
-            UPCAST=triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            enable_fp_fusion=True,
+            **tiles.constants(x, tile),
         )
 
 

@@ -68,14 +68,14 @@ def aligned(x: Tensor, dy: Tensor) -> bool:
     return not any(size % 16 for size in sizes)
 
 
-def constants(x: Tensor, tile: Tile, squared: bool) -> dict[str, Any]:
-    """Return what a kernel of this tile is compiled with."""
+def constants(x: Tensor, tile: Tile, squared: bool | None = None) -> dict[str, Any]:
+    """Return what a kernel of this tile is compiled with; squared: None for a kernel that never takes squares."""
     return {
+        **({} if squared is None else {"SQUARED": squared}),
         "BLOCK_O": tile.block_o,
         "BLOCK_I": tile.block_i,
         "BLOCK_T": tile.block_t,
         "GROUP_O": GROUP_O,
-        "SQUARED": squared,
         # the interpreter's tl.dot multiplies the bit patterns of bf16 numbers
         "UPCAST": triton.knobs.runtime.interpret and x.dtype == torch.bfloat16,
         "num_warps": tile.num_warps,
