@@ -48,7 +48,7 @@ SEARCHES: dict[str, dict[str, Any] | None] = {
     "ird-cap": {"influence_cap": 2.0},
 }
 DEFAULT_METHODS = ("ird", "fish", "reverse", "random")
-CASE = ("task", "method", "samples", "density", "seed", "train_rows", "max_length", "epochs", "pool")
+CASE = ("task", "method", "samples", "density", "seed", "train_rows", "max_length", "epochs", "pool", "bf16")
 
 
 class Bench:
@@ -141,6 +141,7 @@ class Bench:
             mask,
             epochs=options.epochs,
             batch_size=options.batch_size,
+            bf16=options.bf16,
             seed=self.seed,
             progress=False,
         )
@@ -163,7 +164,7 @@ class Bench:
         """Return what tells a run from others."""
         options = self.options
         values = (self.task, method, samples, density, self.seed, options.train_rows, options.max_length)
-        return dict(zip(CASE, (*values, options.epochs, options.pool), strict=True))
+        return dict(zip(CASE, (*values, options.epochs, options.pool, options.bf16), strict=True))
 
     def kept(self, chosen: list[int]) -> dict[str, Any]:
         """Say what the samples that chose are like: their length beside the pool's, and their largest class."""
@@ -191,7 +192,7 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
         bench = None
         for method, samples, density in cells(options):
             values = (task, method, samples, density, seed, options.train_rows, options.max_length)
-            if tuple(map(str, (*values, options.epochs, options.pool))) in done:
+            if tuple(map(str, (*values, options.epochs, options.pool, options.bf16))) in done:
                 continue
             bench = bench or Bench(task, seed, options)
             row = bench.run(method, samples, density)
@@ -246,6 +247,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=64)
     parser.add_argument("--epochs", type=float, default=2.0)
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bf16 autocast")
     options = parser.parse_args()
     path = options.results / f"ird-{options.machine}.csv"
     if options.table:

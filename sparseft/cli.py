@@ -130,6 +130,7 @@ def train(
     head_lr: Annotated[float | None, typer.Option(help="Peak learning rate of a new head beside others.")] = None,
     max_length: _Length = None,
     dtype: _Dtype = "auto",
+    bf16: Annotated[bool, typer.Option("--bf16", help="Train in bf16 autocast, whatever the weights' dtype.")] = False,
     seed: _Seed = 0,
     overwrite: _Overwrite = False,
 ) -> None:

@@ -500,3 +500,22 @@ def test_a_real_encoder_on_real_data(tmp_path):
     )
     rows = read_lines(tmp_path / "out" / "predictions.jsonl")
     assert torch.equal(logits, torch.tensor([row["logits"] for row in rows]))
+
+
+def test_bf16_is_for_training_alone(bert, data, tmp_path, monkeypatch):
+    seen = {"train": set(), "measure": set()}
+    forward = torch.nn.functional.linear
+
+    def watched(x, weight, bias=None):
+        y = forward(x, weight, bias)
+        seen["train" if torch.is_grad_enabled() else "measure"].add((y.dtype, weight.dtype))
+        return y
+
+    monkeypatch.setattr(torch.nn.functional, "linear", watched)
+    options = ["--method", "random", "--max-steps", 2, "--bf16", "--output", tmp_path / "run"]
+    found = run("train", bert, *data, *options)
+    assert seen == {
+        "train": {(torch.bfloat16, torch.float32)},
+        "measure": {(torch.float32, torch.float32)},
+    }
+    assert found["steps"] == 2

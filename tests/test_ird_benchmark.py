@@ -66,6 +66,7 @@ def test_finished_runs_are_skipped(bench, tmp_path, monkeypatch):
         max_length=64,
         epochs=2.0,
         pool=256,
+        bf16=True,
     )
     ran = []
 
@@ -77,7 +78,7 @@ def test_finished_runs_are_skipped(bench, tmp_path, monkeypatch):
             ran.append((self.seed, method, samples))
             if len(ran) == 7:
                 raise KeyboardInterrupt
-            values = (self.task, method, samples, density, self.seed, 512, 64, 2.0, 256)
+            values = (self.task, method, samples, density, self.seed, 512, 64, 2.0, 256, True)
             return {**dict(zip(bench.CASE, values, strict=True)), "dev_accuracy": 0.5}
 
     monkeypatch.setattr(bench, "Bench", Bench)

@@ -141,6 +141,7 @@ def train(
     max_steps: int | None = None,
     batch_size: int = 16,
     weight_decay: float = 0.0,
+    bf16: bool = False,
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
@@ -159,6 +160,7 @@ def train(
         max_steps: number of steps, in place of epochs.
         batch_size: rows a step.
         weight_decay: decoupled, of what is trained.
+        bf16: run forward and backward in bf16 autocast; weights, gradients and the measuring keep the model's dtype.
         seed: order of the rows and dropout.
         progress: show progress bars on stderr.
 
@@ -186,7 +188,7 @@ def train(
         head_lr = groups[-1]["lr"] = head_lr or HEAD_LR
     optimizer = _optimizer(groups, mask, lr, weight_decay)
     steps = max_steps or math.ceil(math.ceil(len(encoded.train) / batch_size) * epochs)
-    clock = _fit(model, encoded, optimizer, steps, batch_size, seed, progress)
+    clock = _fit(model, encoded, optimizer, steps, batch_size, bf16, seed, progress)
     peak = measure.peak_memory()
     evaluation = evaluate(model, encoded, encoded.dev, progress=progress)
     if not bool(torch.isfinite(evaluation.outputs).all()):
@@ -263,6 +265,7 @@ def _fit(
     optimizer: torch.optim.Optimizer,
     steps: int,
     batch_size: int,
+    bf16: bool,
     seed: int,
     progress: bool,
 ) -> Clock:
@@ -278,6 +281,7 @@ def _fit(
             max_steps=steps,
             per_device_train_batch_size=batch_size,
             max_grad_norm=0.0,
+            bf16=bf16,
             seed=seed,
             # padding is computed like text, and half of a batch in random order is padding
             train_sampling_strategy="group_by_length",
@@ -301,5 +305,9 @@ def _fit(
         )
         # it prints to stdout, which is for results
         trainer.remove_callback(PrinterCallback)
-        trainer.train()
+        try:
+            trainer.train()
+        finally:
+            # autocast would stay on the model's forward
+            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
     return clock
