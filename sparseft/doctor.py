@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from sparseft import ops
+from sparseft.products import prefer_onednn
 
 _PACKAGES = ("sparseft", "torch", "triton", "transformers", "accelerate", "datasets", "safetensors", "numpy")
 
@@ -24,7 +25,8 @@ def report() -> dict[str, Any]:
     compiled = importlib.util.find_spec("sparseft._C") is not None
     build = importlib.import_module("sparseft._C").build_info() if compiled else {}
     cuda = torch.cuda.is_available()
-    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads"}
+    products = "oneDNN" if prefer_onednn() else "torch's default"
+    devices = {"cpu": f"{platform.machine()}, {torch.get_num_threads()} threads, fp32 products by {products}"}
     if cuda:
         devices["cuda"] = torch.cuda.get_device_name()
     return {

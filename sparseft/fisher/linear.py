@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.fisher.contribution import Outer, Vector
+from sparseft.products import linear
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -31,15 +32,7 @@ class _Linear(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.capture, ctx.uses, ctx.conv1d = capture, uses, conv1d
-        matrix = weight if conv1d else weight.T
-        # written into a tensor of its own: F.linear may return a view, which could not be changed in place afterwards
-        y = x.new_empty(*x.shape[:-1], matrix.shape[1])
-        rows, out = x.reshape(-1, x.shape[-1]), y.view(-1, matrix.shape[1])
-        if bias is None:
-            torch.mm(rows, matrix, out=out)
-        else:
-            torch.addmm(bias, rows, matrix, out=out)
-        return y
+        return linear(x, weight.T if conv1d else weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
@@ -53,7 +46,7 @@ class _Linear(torch.autograd.Function):
             capture.emit(bias_use, Vector(capture.by_sample(dy, bias_use).sum(1, dtype=torch.float32)))
         dx = None
         if ctx.needs_input_grad[4]:
-            dx = dy @ (weight.T if ctx.conv1d else weight)
+            dx = linear(dy, weight if ctx.conv1d else weight.T)
         return None, None, None, None, dx, None, None
 
 

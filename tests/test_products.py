@@ -1,0 +1,66 @@
+"""Products of linear layers by either library: exact to fp32 rounding, whatever the strides, and no views."""
+
+import pytest
+import torch
+
+from sparseft import products
+from sparseft.fisher import estimate_fisher
+from sparseft.fisher.loop import batch_one_fisher
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+@pytest.fixture(params=["torch", "onednn"])
+def library(request, monkeypatch):
+    if request.param == "onednn" and not ONEDNN:
+        pytest.skip("this torch has no oneDNN")
+    monkeypatch.setattr(products, "prefer_onednn", lambda: request.param == "onednn")
+    monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(products, "_SMALLEST_WEIGHT", 1)
+    return request.param
+
+
+def strided(tensor):
+    """Return the tensor with gaps between its elements."""
+    return torch.stack([tensor, tensor], dim=-1)[..., 0]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (17, 33, 9), (130, 96, 200)])
+@pytest.mark.parametrize("layout", ["plain", "transposed weight", "strided"])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_linear(library, shape, layout, with_bias):
+    rows, inside, out = shape
+    x, bias = torch.randn(2, rows, inside), torch.randn(out) if with_bias else None
+    weight = torch.randn(inside, out).T if layout == "transposed weight" else torch.randn(out, inside)
+    if layout == "strided":
+        x, weight = strided(x), strided(weight)
+    y = products.linear(x, weight, bias)
+    want = x.double() @ weight.double().T + (0 if bias is None else bias.double())
+    assert y.shape == want.shape
+    assert y.is_contiguous()
+    assert y._base is None
+    assert float((y - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes_stay_with_torch(library, dtype):
+    x, weight = torch.randn(40, 24).to(dtype), torch.randn(16, 24).to(dtype)
+    torch.testing.assert_close(products.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_fisher_is_exact_with_either(library):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 3))
+    data = [{"input": torch.randn(6, 5, 24)}]
+
+    def loss(model, batch):
+        return model(batch["input"]).square().mean((1, 2))
+
+    got, want = (f(model, data, loss=loss) for f in (estimate_fisher, batch_one_fisher))
+    for name in want:
+        assert float((got[name] - want[name]).abs().max()) <= 1e-5 * float(want[name].max()), name
+
+
+def test_what_is_preferred_is_there():
+    assert isinstance(products.prefer_onednn(), bool)
+    assert ONEDNN or not products.prefer_onednn()
