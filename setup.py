@@ -21,6 +21,7 @@ CPU_SOURCES = [
     "csrc/cpu/fisher_linear.cpp",
     "csrc/cpu/fisher_segments.cpp",
     "csrc/cpu/gather.cpp",
+    "csrc/cpu/lion.cpp",
     "csrc/cpu/outer_at.cpp",
     "csrc/cpu/sgd.cpp",
     "csrc/cpu/topk.cpp",
@@ -29,6 +30,7 @@ CUDA_SOURCES = [
     "csrc/cuda/adamw.cu",
     "csrc/cuda/delta_swap.cu",
     "csrc/cuda/gather.cu",
+    "csrc/cuda/lion.cu",
     "csrc/cuda/sgd.cu",
 ]
 # the oldest libtorch whose stable ABI the ops use; a header outside that ABI does not compile with it

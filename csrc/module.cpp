@@ -14,12 +14,12 @@ namespace {
 py::dict build_info() {
     py::dict ops;
     ops["cpu"] = py::make_tuple("fisher_linear_", "fisher_linears_", "fisher_segments_", "outer_at", "topk_indices",
-                                "gather", "delta_swap_", "adamw_", "sgd_");
+                                "gather", "delta_swap_", "adamw_", "lion_", "sgd_");
     ops["cuda"] = py::tuple();
     py::dict info;
     info["cuda"] = py::none();
 #ifdef USE_CUDA
-    ops["cuda"] = py::make_tuple("gather", "delta_swap_", "adamw_", "sgd_");
+    ops["cuda"] = py::make_tuple("gather", "delta_swap_", "adamw_", "lion_", "sgd_");
     info["cuda"] = std::to_string(CUDART_VERSION / 1000) + "." + std::to_string(CUDART_VERSION % 1000 / 10);
 #endif
     info["ops"] = ops;

@@ -27,8 +27,8 @@ void optimizer_op(const Rule& rule, const StepArguments& arguments, bool statele
 
 template <class Device>
 void adamw_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
-            const TensorList& exp_avg_sqs, const TensorList& masters, const TensorList& steps, double lr, double beta1,
-            double beta2, double eps, double weight_decay, bool maximize, const MaybeTensor& lr_tensor,
+            const TensorList& exp_avg_sqs, const TensorList& masters, const TensorList& steps, double beta1,
+            double beta2, double eps, double lr, double weight_decay, bool maximize, const MaybeTensor& lr_tensor,
             const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
     const StepArguments arguments{
         "adamw_", params, grads, indices, {{"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}}, masters, steps};
@@ -37,10 +37,20 @@ void adamw_(const TensorList& params, const TensorList& grads, const TensorList&
 }
 
 template <class Device>
+void lion_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
+           const TensorList& masters, const TensorList& steps, double beta1, double beta2, double lr,
+           double weight_decay, bool maximize, const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale,
+           const MaybeTensor& found_inf) {
+    const StepArguments arguments{"lion_", params, grads, indices, {{"exp_avgs", &exp_avgs}}, masters, steps};
+    optimizer_op<Device>(Lion{beta1, beta2, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
+                         found_inf);
+}
+
+template <class Device>
 void sgd_(const TensorList& params, const TensorList& grads, const TensorList& indices,
-          const TensorList& momentum_buffers, const TensorList& masters, const TensorList& steps, double lr,
-          double momentum, double dampening, double weight_decay, bool nesterov, bool maximize,
-          const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+          const TensorList& momentum_buffers, const TensorList& masters, const TensorList& steps, double momentum,
+          double dampening, bool nesterov, double lr, double weight_decay, bool maximize, const MaybeTensor& lr_tensor,
+          const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
     const StepArguments arguments{"sgd_",  params, grads, indices, {{"momentum_buffers", &momentum_buffers}},
                                   masters, steps};
     optimizer_op<Device>(SGD{momentum, dampening, weight_decay, nesterov}, arguments, momentum == 0, lr, maximize,

@@ -13,6 +13,13 @@
 
 namespace sparseft {
 
+// Go from `a` the share `t` of the way to `b`. The half of the interval from which to do so matters at its ends: all
+// of the way must give b exactly.
+SPARSEFT_HOST_DEVICE float interpolate(float a, float b, float t) {
+    const float difference = b - a;
+    return t < 0.5f ? a + t * difference : b - difference * (1 - t);
+}
+
 // Decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations. State: exp_avg, exp_avg_sq.
 struct AdamW {
     static constexpr int kStates = 2;
@@ -20,7 +27,7 @@ struct AdamW {
     double beta1, beta2, eps, weight_decay;
 
     struct Coefficients {
-        float one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps, decay, step_size;
+        float one_minus_beta1, beta2, one_minus_beta2, inverse_root_correction2, eps, pull, step_size;
     };
 
     SPARSEFT_HOST_DEVICE Coefficients coefficients(double lr, double step) const {
@@ -31,20 +38,43 @@ struct AdamW {
                 static_cast<float>(1 - beta2),
                 static_cast<float>(1 / sqrt(correction2)),
                 static_cast<float>(eps),
-                static_cast<float>(1 - lr * weight_decay),
+                static_cast<float>(lr * weight_decay),
                 static_cast<float>(lr / correction1)};
     }
 
     static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float& weight,
                                             float (&state)[kStates]) {
         auto& [exp_avg, exp_avg_sq] = state;
-        // the half of the interval from which to interpolate matters at its ends: beta1 = 0 must give grad exactly
-        const float difference = grad - exp_avg;
-        exp_avg = c.one_minus_beta1 < 0.5f ? exp_avg + c.one_minus_beta1 * difference
-                                           : grad - difference * (1 - c.one_minus_beta1);
+        exp_avg = interpolate(exp_avg, grad, c.one_minus_beta1);
         exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * (grad * grad);
         const float denominator = sqrtf(exp_avg_sq) * c.inverse_root_correction2 + c.eps;
-        weight = weight * c.decay - c.step_size * (exp_avg / denominator);
+        weight -= c.pull * weight;
+        weight -= c.step_size * (exp_avg / denominator);
+    }
+};
+
+// arXiv 2302.06675, algorithm 2. State: exp_avg.
+struct Lion {
+    static constexpr int kStates = 1;
+
+    double beta1, beta2, weight_decay;
+
+    struct Coefficients {
+        float lr, one_minus_beta1, one_minus_beta2, weight_decay;
+    };
+
+    SPARSEFT_HOST_DEVICE Coefficients coefficients(double lr, double) const {
+        return {static_cast<float>(lr), static_cast<float>(1 - beta1), static_cast<float>(1 - beta2),
+                static_cast<float>(weight_decay)};
+    }
+
+    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float& weight,
+                                            float (&state)[kStates]) {
+        auto& [exp_avg] = state;
+        const float mean = interpolate(exp_avg, grad, c.one_minus_beta1);
+        const float sign = mean > 0 ? 1 : mean < 0 ? -1 : mean;  // a NaN stays one
+        exp_avg = interpolate(exp_avg, grad, c.one_minus_beta2);
+        weight -= c.lr * (sign + c.weight_decay * weight);
     }
 };
 

@@ -6,6 +6,7 @@ from sparseft.kernels.fisher_linear import fisher_linear_
 from sparseft.kernels.fisher_linears import fisher_linears_
 from sparseft.kernels.fisher_segments import fisher_segments_
 from sparseft.kernels.gather import gather
+from sparseft.kernels.lion import lion_
 from sparseft.kernels.outer_at import outer_at
 from sparseft.kernels.sgd import sgd_
 from sparseft.kernels.topk_indices import topk_indices
@@ -17,6 +18,7 @@ __all__ = [
     "fisher_linears_",
     "fisher_segments_",
     "gather",
+    "lion_",
     "outer_at",
     "sgd_",
     "topk_indices",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
 from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.reference_optim import StepOptions
 
 
 @triton.jit
@@ -33,13 +35,13 @@ def _adamw_kernel(
     lr_tensor,
     grad_scale,
     found_inf,
+    weight_decay,
     one_minus_beta1,
     log_beta1,
     beta2,
     one_minus_beta2,
     log_beta2,
     eps,
-    weight_decay,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     INDEX: tl.constexpr,
@@ -80,46 +82,15 @@ def adamw_(
     masters: list[Tensor],
     steps: list[Tensor],
     *,
-    lr: float,
     beta1: float,
     beta2: float,
     eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **options: Any,
 ) -> None:
-    """One AdamW step on the selected entries of every parameter; nothing else is read or written.
-
-    params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], fp32, bf16 or fp16;
-    exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
-    one a parameter: steps before this one, which is counted first. lr_tensor, if given, is a 0-d tensor used in place
-    of lr. grad_scale and found_inf are GradScaler's: gradients are divided by the first, and nothing changes, nor
-    counts, when the second is not 0.
-    Source: decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations.
-    """
-    launch_step(
-        _adamw_kernel,
-        params,
-        grads,
-        indices,
-        {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs},
-        masters,
-        steps,
-        1 - beta1,
-        _log(beta1),
-        beta2,
-        1 - beta2,
-        _log(beta2),
-        eps,
-        weight_decay,
-        lr=lr,
-        lr_tensor=lr_tensor,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        MAXIMIZE=maximize,
-    )
+    """One AdamW step on the selected entries of every parameter, as `reference_optim.adamw_` says."""
+    states = {"exp_avgs": exp_avgs, "exp_avg_sqs": exp_avg_sqs}
+    numbers = (1 - beta1, _log(beta1), beta2, 1 - beta2, _log(beta2), eps)
+    launch_step(_adamw_kernel, params, grads, indices, states, masters, steps, StepOptions(**options), *numbers)
 
 
 def _log(beta: float) -> float:

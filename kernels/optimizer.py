@@ -14,6 +14,7 @@ from torch import Tensor
 
 from sparseft.kernels.checks import FLOAT32, check_lengths, check_tensor
 from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
+from sparseft.reference_optim import StepOptions
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
@@ -73,32 +74,30 @@ def launch_step(
     states: dict[str, list[Tensor]],
     masters: list[Tensor],
     steps: list[Tensor],
+    options: StepOptions,
     *arguments: float,
-    lr: float,
-    lr_tensor: Tensor | None,
-    grad_scale: Tensor | None,
-    found_inf: Tensor | None,
     **constants: bool,
 ) -> None:
     """Check the lists, count the step, update all tensors of one kind of dtypes in one launch; nothing waits.
 
     states: fp32 [k] tensors by name, in the order of the kernel's columns; arguments: the kernel's own numbers, after
-    (table, lr, lr_tensor, grad_scale, found_inf); constants: the kernel's own.
+    (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's own.
     """
     check_lengths(params=params, grads=grads, indices=indices, masters=masters, steps=steps, **states)
     if not params:
         return
     device = params[0].device
+    lr, lr_tensor, found_inf = options.lr, options.lr_tensor, options.found_inf
     if lr_tensor is not None and lr_tensor.device != device:
         lr, lr_tensor = float(lr_tensor), None
-    for name, scalar in (("grad_scale", grad_scale), ("found_inf", found_inf)):
+    for name, scalar in (("grad_scale", options.grad_scale), ("found_inf", found_inf)):
         if scalar is not None and scalar.device != device:
             raise ValueError(f"{name} must be on the parameters' device {device}, got {scalar.device}; move it there")
     grads = [grad.contiguous() for grad in grads]  # a copy has to live until the launch
     groups = _group(params, grads, indices, states, masters, steps)
-    scalars = (float(lr), lr_tensor, grad_scale, found_inf, *map(float, arguments))
+    scalars = (float(lr), lr_tensor, options.grad_scale, found_inf, *map(float, (options.weight_decay, *arguments)))
     torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).float())
-    launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
+    launch(kernel, groups, _CONSTANTS, device, *scalars, MAXIMIZE=options.maximize, **constants)
 
 
 def _group(

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
 from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.reference_optim import StepOptions
 
 
 @triton.jit
@@ -17,9 +20,9 @@ def _sgd_kernel(
     lr_tensor,
     grad_scale,
     found_inf,
+    weight_decay,
     momentum,
     one_minus_dampening,
-    weight_decay,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
     INDEX: tl.constexpr,
@@ -60,21 +63,12 @@ def sgd_(
     masters: list[Tensor],
     steps: list[Tensor],
     *,
-    lr: float,
     momentum: float,
     dampening: float,
-    weight_decay: float,
     nesterov: bool = False,
-    maximize: bool = False,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
+    **options: Any,
 ) -> None:
-    """One SGD step on the selected entries of every parameter; nothing else is read or written.
-
-    momentum_buffers: fp32 [k], or empty without momentum; at step 1 the buffer becomes the gradient itself, undamped,
-    as in torch.optim.SGD. The other arguments are those of adamw_.
-    """
+    """One SGD step on the selected entries of every parameter, as `reference_optim.sgd_` says."""
     launch_step(
         _sgd_kernel,
         params,
@@ -83,14 +77,9 @@ def sgd_(
         {"momentum_buffers": momentum_buffers} if momentum else {},
         masters,
         steps,
+        StepOptions(**options),
         momentum,
         1 - dampening,
-        weight_decay,
-        lr=lr,
-        lr_tensor=lr_tensor,
-        grad_scale=grad_scale,
-        found_inf=found_inf,
-        MAXIMIZE=maximize,
         HAS_MOMENTUM=bool(momentum),
         NESTEROV=nesterov,
     )

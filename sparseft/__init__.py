@@ -11,7 +11,7 @@ import importlib.metadata
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
 from sparseft.fisher import FisherScores, estimate_fisher, sample_gradients
 from sparseft.mask import Mask
-from sparseft.optim import SparseAdamW, SparseSGD
+from sparseft.optim import SparseAdamW, SparseLion, SparseSGD
 from sparseft.selection import IRDPath, ird_search, select, top_k
 
 __version__ = importlib.metadata.version("sparseft")
@@ -23,6 +23,7 @@ __all__ = [
     "IRDPath",
     "Mask",
     "SparseAdamW",
+    "SparseLion",
     "SparseSGD",
     "estimate_fisher",
     "ird_search",

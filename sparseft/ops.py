@@ -17,7 +17,11 @@ from torch import Tensor
 
 from sparseft import reference
 
-_OPTIMIZER_TAIL = "bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+# what every optimizer's op takes beside its own options, see reference_optim.StepOptions
+_STEP_OPTIONS = (
+    "float lr, float weight_decay, bool maximize=False, Tensor? lr_tensor=None, Tensor? grad_scale=None, "
+    "Tensor? found_inf=None) -> ()"
+)
 SCHEMAS = {
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None, "
     "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
@@ -29,11 +33,13 @@ SCHEMAS = {
     "gather": "(Tensor[] tensors, Tensor[] indices) -> Tensor[]",
     "delta_swap_": "(Tensor(a!)[] params, Tensor[] indices, Tensor(b!)[] values) -> ()",
     "adamw_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, "
-    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor(e!)[] steps, *, float lr, float beta1, float beta2, "
-    "float eps, float weight_decay, " + _OPTIMIZER_TAIL,
+    "Tensor(c!)[] exp_avg_sqs, Tensor(d!)[] masters, Tensor(e!)[] steps, *, float beta1, float beta2, float eps, "
+    + _STEP_OPTIONS,
+    "lion_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] exp_avgs, Tensor(c!)[] masters, "
+    "Tensor(d!)[] steps, *, float beta1, float beta2, " + _STEP_OPTIONS,
     "sgd_": "(Tensor(a!)[] params, Tensor[] grads, Tensor[] indices, Tensor(b!)[] momentum_buffers, "
-    "Tensor(c!)[] masters, Tensor(d!)[] steps, *, float lr, float momentum, float dampening, float weight_decay, "
-    "bool nesterov=False, " + _OPTIMIZER_TAIL,
+    "Tensor(c!)[] masters, Tensor(d!)[] steps, *, float momentum, float dampening, bool nesterov=False, "
+    + _STEP_OPTIONS,
 }
 
 # op -> device -> who serves it there; read by `sparseft doctor`

@@ -1,6 +1,7 @@
 """Every op in plain PyTorch: its meaning, the fallback, the oracle and the baseline of the fast versions.
 
-Read this file to learn what an op computes; csrc/ and kernels/ hold the same names, faster. Nothing here is tuned.
+Read this file, and reference_optim.py for the optimizers, to learn what an op computes; csrc/ and kernels/ hold the
+same names, faster. Nothing here is tuned.
 Index lists are flat positions in C order, sorted, unique; int32, or int64 for a tensor of 2^31 elements and more.
 """
 
@@ -10,6 +11,22 @@ import itertools
 
 import torch
 from torch import Tensor
+
+from sparseft.reference_optim import adamw_, lion_, sgd_, wide
+
+__all__ = [
+    "adamw_",
+    "delta_swap_",
+    "fisher_linear_",
+    "fisher_linears_",
+    "fisher_segments_",
+    "gather",
+    "index_dtype",
+    "lion_",
+    "outer_at",
+    "sgd_",
+    "topk_indices",
+]
 
 
 def fisher_linear_(
@@ -32,7 +49,7 @@ def fisher_linear_(
     for n in range(x.shape[0]):
         tokens = dy[n].ne(0).any(1).nonzero().flatten().tolist() or [0, -1]
         span = slice(tokens[0], tokens[-1] + 1)
-        squares = (_wide(dy[n, span]).T @ _wide(x[n, span])).square()
+        squares = (wide(dy[n, span]).T @ wide(x[n, span])).square()
         fisher += (1.0 if sample_weight is None else sample_weight[n]) * squares
         if scores is not None:
             scores[n] += (squares if selected is None else squares[selected]).sum()
@@ -56,9 +73,9 @@ def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     a_j * B + b_j. Accumulates in fp32.
     """
     rows, columns = indices.long() // right.shape[2], indices.long() % right.shape[2]
-    result = left.new_empty(left.shape[0], indices.numel(), dtype=_wide(left[:0]).dtype)
+    result = left.new_empty(left.shape[0], indices.numel(), dtype=wide(left[:0]).dtype)
     for n in range(left.shape[0]):
-        result[n] = (_wide(left[n])[:, rows] * _wide(right[n])[:, columns]).sum(0)
+        result[n] = (wide(left[n])[:, rows] * wide(right[n])[:, columns]).sum(0)
     return result
 
 
@@ -81,7 +98,7 @@ def fisher_segments_(
     bounds = offsets.tolist()
     for s, (begin, end) in enumerate(itertools.pairwise(bounds)):
         slab = fisher if groups is None else fisher[int(groups[s])]
-        grad = _wide(dy[begin:end]).T @ _wide(x[begin:end])
+        grad = wide(dy[begin:end]).T @ wide(x[begin:end])
         slab += (1.0 if weight is None else weight[s]) * grad.square()
 
 
@@ -124,120 +141,6 @@ def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor
         value.copy_(replaced)
 
 
-def adamw_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    indices: list[Tensor],
-    exp_avgs: list[Tensor],
-    exp_avg_sqs: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    beta1: float,
-    beta2: float,
-    eps: float,
-    weight_decay: float,
-    maximize: bool = False,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One AdamW step on the selected entries of every parameter; nothing else is read or written.
-
-    params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype;
-    exp_avgs, exp_avg_sqs: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32,
-    one a parameter: steps before this one, which is counted first. lr_tensor, if given, is a 0-d tensor used in place
-    of lr. grad_scale and found_inf are GradScaler's: gradients are divided by the first, and nothing changes, nor
-    counts, when the second is not 0.
-    Source: decoupled weight decay, arXiv 1711.05101, in torch.optim.AdamW's order of operations.
-    """
-    if found_inf is not None and found_inf.item():
-        return
-    lr = lr if lr_tensor is None else float(lr_tensor)
-    for step in steps:
-        step += 1
-    for i, (param, index) in enumerate(zip(params, indices, strict=True)):
-        grad = _selected_grad(grads[i], index, maximize, grad_scale)
-        weight = _selected_weight(param, index, masters[i])
-        exp_avgs[i].lerp_(grad, 1 - beta1)
-        exp_avg_sqs[i].mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-        count = float(steps[i])
-        correction1, correction2 = 1 - beta1**count, 1 - beta2**count
-        denominator = (exp_avg_sqs[i].sqrt() / correction2**0.5).add_(eps)
-        weight.mul_(1 - lr * weight_decay).addcdiv_(exp_avgs[i], denominator, value=-lr / correction1)
-        _write(param, index, masters[i], weight)
-
-
-def sgd_(
-    params: list[Tensor],
-    grads: list[Tensor],
-    indices: list[Tensor],
-    momentum_buffers: list[Tensor],
-    masters: list[Tensor],
-    steps: list[Tensor],
-    *,
-    lr: float,
-    momentum: float,
-    dampening: float,
-    weight_decay: float,
-    nesterov: bool = False,
-    maximize: bool = False,
-    lr_tensor: Tensor | None = None,
-    grad_scale: Tensor | None = None,
-    found_inf: Tensor | None = None,
-) -> None:
-    """One SGD step on the selected entries of every parameter; nothing else is read or written.
-
-    momentum_buffers: fp32 [k], or empty without momentum; at step 1 the buffer becomes the gradient itself, undamped,
-    as in torch.optim.SGD. The other arguments are those of adamw_.
-    """
-    if found_inf is not None and found_inf.item():
-        return
-    lr = lr if lr_tensor is None else float(lr_tensor)
-    for step in steps:
-        step += 1
-    for i, (param, index) in enumerate(zip(params, indices, strict=True)):
-        grad = _selected_grad(grads[i], index, maximize, grad_scale)
-        weight = _selected_weight(param, index, masters[i])
-        grad = grad + weight_decay * weight
-        if momentum:
-            buffer = momentum_buffers[i]
-            if float(steps[i]) == 1:
-                buffer.copy_(grad)
-            else:
-                buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
-            grad = grad + momentum * buffer if nesterov else buffer
-        _write(param, index, masters[i], weight - lr * grad)
-
-
 def index_dtype(numel: int) -> torch.dtype:
     """Return the dtype of index lists into a tensor of `numel` elements."""
     return torch.int32 if numel < 2**31 else torch.int64
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # arithmetic is fp32 whatever the inputs are stored in; fp64 stays, so that this file can be its own exact answer
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _selected_grad(grad: Tensor, index: Tensor, maximize: bool, grad_scale: Tensor | None) -> Tensor:
-    selected = grad.reshape(-1) if grad.numel() == index.numel() else grad.reshape(-1)[index.long()]
-    selected = _wide(selected)
-    if grad_scale is not None:
-        selected = selected / grad_scale
-    return -selected if maximize else selected
-
-
-def _selected_weight(param: Tensor, index: Tensor, master: Tensor) -> Tensor:
-    weight = param.view(-1)[index.long()]
-    if not master.numel():
-        return _wide(weight)
-    # a weight that was changed from outside (a delta swapped in) no longer rounds from its master: the weight wins
-    return torch.where(master.to(param.dtype) == weight, master, weight.float())
-
-
-def _write(param: Tensor, index: Tensor, master: Tensor, weight: Tensor) -> None:
-    param.view(-1)[index.long()] = weight.to(param.dtype)
-    if master.numel():
-        master.copy_(weight)

@@ -67,6 +67,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
         "gather": _gather_inputs,
         "delta_swap_": _delta_swap_inputs,
         "adamw_": _adamw_inputs,
+        "lion_": _lion_inputs,
         "sgd_": _sgd_inputs,
     }
     for sample in makers[op](generator, dtype):
@@ -103,7 +104,7 @@ def exact(op: str, sample: Sample) -> list[Tensor]:
     if op == "topk_indices":
         return observe(op, reference.topk_indices, sample)
     double = sample.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    if op in ("adamw_", "sgd_"):
+    if op in ("adamw_", "lion_", "sgd_"):
         # fp64 weights need no master: they start where the master is, unless the weight was changed from outside
         params, indices, masters = sample.args[0], sample.args[2], sample.args[-2]
         for i, (param, index, master) in enumerate(zip(params, indices, masters, strict=True)):
@@ -313,6 +314,19 @@ def _adamw_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sa
         steps = [torch.tensor(float(step)) for step in (0, 1, 9, 999, 2, 6)]
         yield Sample(name, (params, grads, indices, exp_avgs, exp_avg_sqs, masters, steps), {**options, **extra})
     yield Sample("no tensor", ([], [], [], [], [], [], []), options)
+
+
+def _lion_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    options = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
+    for name, compact, extra in [*_optimizer_variants(), ("no memory", True, {"beta1": 0.0, "beta2": 0.0})]:
+        params, grads, indices, masters = _optimizer_lists(generator, dtype, compact)
+        exp_avgs = [_randn(generator, index.numel()) for index in indices]
+        for grad, exp_avg in zip(grads, exp_avgs, strict=True):
+            # a mean of exactly 0 has no sign
+            exp_avg[: 5 * compact] = grad[: 5 * compact] = 0
+        steps = [torch.tensor(float(step)) for step in (0, 1, 9, 999, 2, 6)]
+        yield Sample(name, (params, grads, indices, exp_avgs, masters, steps), {**options, **extra})
+    yield Sample("no tensor", ([], [], [], [], [], []), options)
 
 
 def _sgd_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

@@ -35,7 +35,7 @@ def test_opcheck(op, device):
         torch.library.opcheck(getattr(torch.ops.sparseft, op).default, sample.args, sample.kwargs)
 
 
-@pytest.mark.parametrize("op", ["delta_swap_", "adamw_", "sgd_"])
+@pytest.mark.parametrize("op", ["delta_swap_", "adamw_", "lion_", "sgd_"])
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=dtype_id)
 def test_entries_outside_the_index_list_stay_bit_identical(op, dtype):
     for device in testing.devices():

@@ -6,50 +6,14 @@ import pickle
 
 import pytest
 import torch
+from optimizers import OPTIONS, TORCH, assert_same, model_and_groups, train, weights
 
 import sparseft
 import sparseft.testing
 from sparseft.optim import OPTIMIZERS
 
-OPTIONS = {"adamw": {"lr": 0.05, "weight_decay": 0.1}, "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1}}
-TORCH = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}
-
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_device = pytest.mark.parametrize("device", sparseft.testing.devices())
-
-
-def model_and_groups(dtype=torch.float32, device="cpu"):
-    """A small net, a tenth of its weights in index lists, one of them above 256."""
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(40, 30), torch.nn.Tanh(), torch.nn.Linear(30, 3)).to(device, dtype)
-    generator = torch.Generator().manual_seed(1)
-    indices = []
-    for parameter in model.parameters():
-        k = max(1, parameter.numel() // 10)
-        indices.append(sparseft.testing.random_indices(parameter.numel(), k, generator).to(device))
-    indices[0][-1] = 1190
-    return model, [{"params": list(model.parameters()), "indices": indices}]
-
-
-def train(model, optimizer, steps, seed=0, scheduler=None):
-    generator = torch.Generator().manual_seed(seed)
-    parameter = next(model.parameters())
-    for _ in range(steps):
-        x = torch.randn(16, 40, generator=generator).to(parameter)
-        loss = model(x).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        if scheduler is not None:
-            scheduler.step()
-
-
-def weights(model):
-    return [parameter.detach().clone() for parameter in model.parameters()]
-
-
-def assert_same(first, second):
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @every_optimizer
@@ -161,7 +125,7 @@ def test_schedulers_drive_the_learning_rate(name, as_tensor):
     options = {**OPTIONS[name], "lr": torch.tensor(0.05) if as_tensor else 0.05}
     optimizer = OPTIMIZERS[name]([{"params": list(model.parameters())}], **options)
     train(model, optimizer, 6, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10))
-    reference = TORCH[name](other.parameters(), **OPTIONS[name])
+    reference = TORCH[name](other.parameters(), **{**OPTIONS[name], "lr": 0.05})
     train(other, reference, 6, scheduler=torch.optim.lr_scheduler.CosineAnnealingLR(reference, 10))
     torch.testing.assert_close(weights(model), weights(other))
 
@@ -366,6 +330,8 @@ def test_options_of_one_optimizer_out_of_range_are_refused():
     parameter = torch.nn.Parameter(torch.randn(10))
     with pytest.raises(ValueError, match="betas"):
         sparseft.SparseAdamW([parameter], betas=(1.0, 0.9))
+    with pytest.raises(ValueError, match="betas"):
+        sparseft.SparseLion([parameter], betas=(0.9, -0.1))
     with pytest.raises(ValueError, match="eps"):
         sparseft.SparseAdamW([parameter], eps=-1.0)
     with pytest.raises(ValueError, match="momentum"):

@@ -14,7 +14,9 @@ tiles = importlib.import_module("sparseft.kernels.tiles")
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 FAR = 2**31 + 100
 ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
+LION = {"lr": 0.01, "beta1": 0.9, "beta2": 0.99, "weight_decay": 0.1}
 SGD = {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}
+OPTIMIZERS = {"adamw_": ADAMW, "lion_": LION, "sgd_": SGD}
 
 
 def tensor(values, dtype=torch.float32):
@@ -26,11 +28,16 @@ def randn(*shape, dtype=torch.float32):
 
 
 def optimizer_lists(k, param_dtype, grad_dtype, master):
-    """One parameter of 3 k weights, of which every third is selected: the lists that both optimizers take."""
+    """One parameter of 3 k weights, of which every third is selected: the lists that AdamW takes."""
     param, grad = randn(3 * k, dtype=param_dtype), randn(3 * k, dtype=grad_dtype)
     index = torch.arange(0, 3 * k, 3, dtype=torch.int32, device=DEVICE)
     masters = param[::3].float() if master else tensor([])
     return [param], [grad], [index], [randn(k)], [randn(k).abs()], [masters], [tensor(3.0)]
+
+
+def lists_and_options(op, lists):
+    """Leave out the second state where an optimizer has but one."""
+    return (lists if op == "adamw_" else lists[:4] + lists[5:]), OPTIMIZERS[op]
 
 
 def joined(*calls):
@@ -75,22 +82,22 @@ def test_list_kernels_at_the_edges_of_a_chunk(k):
     testing.assert_matches_reference("adamw_", kernels.adamw_, sample)
 
 
-@pytest.mark.parametrize("op", ["adamw_", "sgd_"])
+@pytest.mark.parametrize("op", OPTIMIZERS)
 def test_one_step_is_one_launch_for_each_kind_of_dtypes(monkeypatch, op):
     grids = count_launches(monkeypatch, op.rstrip("_"), f"_{op}kernel")
     kinds = [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, True)]
     lists = joined(*(optimizer_lists(k, *kind) for k in (3, 2000, 7, 50) for kind in kinds))
-    lists, options = (lists, ADAMW) if op == "adamw_" else (lists[:4] + lists[5:], SGD)
+    lists, options = lists_and_options(op, lists)
     getattr(kernels, op)(*lists, **options)
     assert grids == [(5,), (5,)]
 
 
-@pytest.mark.parametrize("op", ["adamw_", "sgd_"])
+@pytest.mark.parametrize("op", OPTIMIZERS)
 @pytest.mark.parametrize("param_dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("grad_dtype", testing.DTYPES, ids=str)
 def test_optimizers_take_gradients_of_other_dtypes(op, param_dtype, grad_dtype):
     lists = optimizer_lists(40, param_dtype, grad_dtype, param_dtype != torch.float32)
-    lists, options = (lists, ADAMW) if op == "adamw_" else (lists[:4] + lists[5:], SGD)
+    lists, options = lists_and_options(op, lists)
     testing.assert_matches_reference(op, getattr(kernels, op), testing.Sample("mixed", lists, options))
 
 

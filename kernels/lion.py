@@ -1,0 +1,66 @@
+"""Lion on the selected entries of all parameters, in one launch for all of one kind of dtypes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from sparseft.kernels.multi_tensor import find_chunk, pointer
+from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.reference_optim import StepOptions
+
+
+@triton.jit
+def _lion_kernel(
+    table,
+    lr,
+    lr_tensor,
+    grad_scale,
+    found_inf,
+    weight_decay,
+    one_minus_beta1,
+    one_minus_beta2,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    INDEX: tl.constexpr,
+    COMPACT: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    MAXIMIZE: tl.constexpr,
+    CHUNK: tl.constexpr,
+):
+    """Column 6 of the table: exp_avg."""
+    if found_inf is not None:
+        if tl.load(found_inf) != 0:
+            return
+    row, element, exists = find_chunk(table, CHUNK)
+    index, grad, weight = load_selected(
+        row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
+    )
+    state = pointer(row, 6, tl.float32) + element
+    exp_avg = tl.load(state, mask=exists, other=0.0)
+    mean = exp_avg + (grad - exp_avg) * one_minus_beta1
+    tl.store(state, exp_avg + (grad - exp_avg) * one_minus_beta2, mask=exists)
+    # a NaN stays one
+    sign = tl.where(mean > 0, 1.0, tl.where(mean < 0, -1.0, mean))
+    weight -= learning_rate(lr, lr_tensor) * (sign + weight_decay * weight)
+    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
+
+
+def lion_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    exp_avgs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    beta1: float,
+    beta2: float,
+    **options: Any,
+) -> None:
+    """One Lion step on the selected entries of every parameter, as `reference_optim.lion_` says."""
+    states, numbers = {"exp_avgs": exp_avgs}, (1 - beta1, 1 - beta2)
+    launch_step(_lion_kernel, params, grads, indices, states, masters, steps, StepOptions(**options), *numbers)

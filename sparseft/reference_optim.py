@@ -1,0 +1,173 @@
+"""The optimizers' ops in plain PyTorch; part of `reference`, which says what that is for.
+
+Every op takes `params, grads, indices`, its states, `masters` and `steps`, lists with one tensor a parameter, its own
+options, and those of `StepOptions`. It updates the selected entries; nothing else is read or written.
+
+params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype; indices:
+[k]; states: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32, steps before
+this one, which is counted first.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclasses.dataclass
+class StepOptions:
+    """What every optimizer's op takes beside its own options.
+
+    lr: step size; lr_tensor, a 0-d tensor, is used in its place if given. weight_decay: as the op says.
+    maximize: ascend. grad_scale, found_inf: GradScaler's, one fp32 value each; gradients are divided by the first, and
+    nothing changes, nor counts, when the second is not 0.
+    """
+
+    lr: float
+    weight_decay: float
+    maximize: bool = False
+    lr_tensor: Tensor | None = None
+    grad_scale: Tensor | None = None
+    found_inf: Tensor | None = None
+
+
+@dataclasses.dataclass
+class _Entries:
+    """The selected entries of one parameter in fp32: an op changes `weight` and `states` in place."""
+
+    grad: Tensor
+    weight: Tensor
+    states: list[Tensor]
+    decay: Tensor
+    lr: float
+    count: float
+
+
+def adamw_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    exp_avgs: list[Tensor],
+    exp_avg_sqs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    beta1: float,
+    beta2: float,
+    eps: float,
+    **options: Any,
+) -> None:
+    """One AdamW step; decay is decoupled, `lr * weight_decay` of the weight.
+
+    Source: arXiv 1711.05101, in torch.optim.AdamW's order of operations.
+    """
+    for entries in _step(params, grads, indices, [exp_avgs, exp_avg_sqs], masters, steps, StepOptions(**options)):
+        exp_avg, exp_avg_sq = entries.states
+        exp_avg.lerp_(entries.grad, 1 - beta1)
+        exp_avg_sq.mul_(beta2).addcmul_(entries.grad, entries.grad, value=1 - beta2)
+        correction1, correction2 = 1 - beta1**entries.count, 1 - beta2**entries.count
+        denominator = (exp_avg_sq.sqrt() / correction2**0.5).add_(eps)
+        entries.weight.sub_(entries.lr * entries.decay)
+        entries.weight.addcdiv_(exp_avg, denominator, value=-entries.lr / correction1)
+
+
+def lion_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    exp_avgs: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    beta1: float,
+    beta2: float,
+    **options: Any,
+) -> None:
+    """One Lion step: against the sign of a mean of the gradients; decay as for AdamW.
+
+    Source: arXiv 2302.06675, algorithm 2. An entry whose mean is 0 only decays.
+    """
+    for entries in _step(params, grads, indices, [exp_avgs], masters, steps, StepOptions(**options)):
+        (exp_avg,) = entries.states
+        direction = exp_avg.lerp(entries.grad, 1 - beta1).sign_()
+        exp_avg.lerp_(entries.grad, 1 - beta2)
+        entries.weight.sub_(entries.lr * (direction + entries.decay))
+
+
+def sgd_(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    momentum_buffers: list[Tensor],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    *,
+    momentum: float,
+    dampening: float,
+    nesterov: bool = False,
+    **options: Any,
+) -> None:
+    """One SGD step; `weight_decay` of the weight is added to the gradient.
+
+    momentum_buffers are empty without momentum; at step 1 the buffer becomes the gradient itself, undamped, as in
+    torch.optim.SGD.
+    """
+    for entries in _step(params, grads, indices, [momentum_buffers], masters, steps, StepOptions(**options)):
+        grad, (buffer,) = entries.grad + entries.decay, entries.states
+        if momentum:
+            if entries.count == 1:
+                buffer.copy_(grad)
+            else:
+                buffer.mul_(momentum).add_(grad, alpha=1 - dampening)
+            grad = grad + momentum * buffer if nesterov else buffer
+        entries.weight.sub_(entries.lr * grad)
+
+
+def _step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    indices: list[Tensor],
+    states: list[list[Tensor]],
+    masters: list[Tensor],
+    steps: list[Tensor],
+    options: StepOptions,
+) -> Iterator[_Entries]:
+    """Count the step, yield the entries of one parameter after the other, and write back what was made of them."""
+    if options.found_inf is not None and options.found_inf.item():
+        return
+    lr = options.lr if options.lr_tensor is None else float(options.lr_tensor)
+    for step in steps:
+        step += 1
+    for i, (param, index) in enumerate(zip(params, indices, strict=True)):
+        grad = _selected_grad(grads[i], index, options)
+        weight = _selected_weight(param, index, masters[i])
+        decay = options.weight_decay * weight
+        yield _Entries(grad, weight, [tensors[i] for tensors in states], decay, lr, float(steps[i]))
+        param.view(-1)[index.long()] = weight.to(param.dtype)
+        if masters[i].numel():
+            masters[i].copy_(weight)
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """Return a tensor in fp32, in which arithmetic is done whatever inputs are stored in; fp64 stays, to be exact."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _selected_grad(grad: Tensor, index: Tensor, options: StepOptions) -> Tensor:
+    selected = grad.reshape(-1) if grad.numel() == index.numel() else grad.reshape(-1)[index.long()]
+    selected = wide(selected)
+    if options.grad_scale is not None:
+        selected = selected / options.grad_scale
+    return -selected if options.maximize else selected
+
+
+def _selected_weight(param: Tensor, index: Tensor, master: Tensor) -> Tensor:
+    weight = param.view(-1)[index.long()]
+    if not master.numel():
+        return wide(weight)
+    # a weight that was changed from outside (a delta swapped in) no longer rounds from its master: the weight wins
+    return torch.where(master.to(param.dtype) == weight, master, weight.float())
