@@ -15,11 +15,12 @@ namespace sparseft {
 constexpr int kMaxStates = 2;
 
 // One parameter of a step. The states are fp32 [k]; one that the options do not need is null, and so is `master`
-// where the parameter itself is fp32.
+// where there is none.
 struct ParameterStep {
     Selection at;
     const void* grad;
     float* master;
+    const void* pretrained;  // [k], what decay pulls to, in the parameter's dtype; null: zero
     float* states[kMaxStates];
     const float* count;  // of steps, this one included when it is read
     ScalarType dtype;
@@ -50,9 +51,10 @@ struct StepArguments {
     const std::vector<Tensor>& params;
     const std::vector<Tensor>& grads;
     const std::vector<Tensor>& indices;
-    std::vector<std::pair<const char*, const std::vector<Tensor>*>> states;
     const std::vector<Tensor>& masters;
     const std::vector<Tensor>& steps;
+    const std::optional<std::vector<Tensor>>& pretrained;
+    std::vector<std::pair<const char*, const std::vector<Tensor>*>> states = {};
 };
 
 // The address of one fp32 value.
@@ -72,6 +74,18 @@ inline float* per_entry(const Argument& argument, const Tensor& tensor, int64_t 
     check_contiguous(argument, tensor);
     check_device(argument, tensor, place);
     return static_cast<float*>(tensor.data_ptr());
+}
+
+// The values that decay pulls the weights of parameter i to, or null.
+inline const void* decay_target(const StepArguments& a, int64_t i, int64_t k, const Place& place) {
+    if (!a.pretrained) return nullptr;
+    const Argument argument{a.op, "pretrained", i};
+    const Tensor& values = (*a.pretrained)[i];
+    check_dtype(argument, values, {dtype_of(a.params[i])});
+    check_numel(argument, values, k, "one a selected entry");
+    check_contiguous(argument, values);
+    check_device(argument, values, place);
+    return values.data_ptr();
 }
 
 // The gradient's data, contiguous; `copies` keeps what had to be made so.
@@ -105,6 +119,7 @@ inline void add_parameter(const StepArguments& a, size_t i, bool stateless, cons
         const auto& [name, list] = a.states[s];
         step.states[s] = per_entry(at(name), (*list)[i], k, stateless, place);
     }
+    step.pretrained = decay_target(a, i, k, place);
     step.master = per_entry(at("masters"), a.masters[i], k, true, place);
     float* const count = scalar(at("steps"), a.steps[i], place);
     step.count = count;
@@ -120,6 +135,7 @@ inline StepWork step_work(const StepArguments& a, bool stateless) {
     for (const auto& [name, list] : a.states) check_length({a.op, name}, *list, n);
     check_length({a.op, "masters"}, a.masters, n);
     check_length({a.op, "steps"}, a.steps, n);
+    if (a.pretrained) check_length({a.op, "pretrained"}, *a.pretrained, n);
 
     StepWork work;
     work.parameters.reserve(n);

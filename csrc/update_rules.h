@@ -1,6 +1,6 @@
 // The arithmetic of every optimizer, written once for CPU and CUDA. A rule holds the options of one call, in fp64 as
 // Python has them (1 - beta2 would lose half its digits in fp32); coefficients() turns them and the step count into
-// what update() applies, in fp32, to one selected entry.
+// what update() applies, in fp32, to one selected entry; `anchor` is the value that decay pulls its weight to.
 #pragma once
 
 #include <cmath>
@@ -42,13 +42,13 @@ struct AdamW {
                 static_cast<float>(lr / correction1)};
     }
 
-    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float& weight,
+    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float anchor, float& weight,
                                             float (&state)[kStates]) {
         auto& [exp_avg, exp_avg_sq] = state;
         exp_avg = interpolate(exp_avg, grad, c.one_minus_beta1);
         exp_avg_sq = c.beta2 * exp_avg_sq + c.one_minus_beta2 * (grad * grad);
         const float denominator = sqrtf(exp_avg_sq) * c.inverse_root_correction2 + c.eps;
-        weight -= c.pull * weight;
+        weight -= c.pull * (weight - anchor);
         weight -= c.step_size * (exp_avg / denominator);
     }
 };
@@ -68,13 +68,13 @@ struct Lion {
                 static_cast<float>(weight_decay)};
     }
 
-    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float& weight,
+    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float anchor, float& weight,
                                             float (&state)[kStates]) {
         auto& [exp_avg] = state;
         const float mean = interpolate(exp_avg, grad, c.one_minus_beta1);
         const float sign = mean > 0 ? 1 : mean < 0 ? -1 : mean;  // a NaN stays one
         exp_avg = interpolate(exp_avg, grad, c.one_minus_beta2);
-        weight -= c.lr * (sign + c.weight_decay * weight);
+        weight -= c.lr * (sign + c.weight_decay * (weight - anchor));
     }
 };
 
@@ -99,10 +99,10 @@ struct SGD {
                 nesterov};
     }
 
-    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float& weight,
+    static SPARSEFT_HOST_DEVICE void update(const Coefficients& c, float grad, float anchor, float& weight,
                                             float (&state)[kStates]) {
         auto& [momentum_buffer] = state;
-        grad += c.weight_decay * weight;
+        grad += c.weight_decay * (weight - anchor);
         if (c.momentum != 0) {
             momentum_buffer = c.first ? grad : c.momentum * momentum_buffer + c.undamped * grad;
             grad = c.nesterov ? grad + c.momentum * momentum_buffer : momentum_buffer;

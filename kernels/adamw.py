@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
 from sparseft.reference_optim import StepOptions
 
 
@@ -47,10 +47,11 @@ def _adamw_kernel(
     INDEX: tl.constexpr,
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_PRETRAINED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Columns 6 and 7 of the table: exp_avg, exp_avg_sq."""
+    """States: exp_avg, exp_avg_sq."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -58,7 +59,7 @@ def _adamw_kernel(
     index, grad, weight = load_selected(
         row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
     )
-    first, second = pointer(row, 6, tl.float32) + element, pointer(row, 7, tl.float32) + element
+    first, second = pointer(row, STATES, tl.float32) + element, pointer(row, STATES + 1, tl.float32) + element
     exp_avg = tl.load(first, mask=exists, other=0.0)
     exp_avg += (grad - exp_avg) * one_minus_beta1
     exp_avg_sq = tl.load(second, mask=exists, other=0.0) * beta2 + grad * grad * one_minus_beta2
@@ -68,7 +69,7 @@ def _adamw_kernel(
     correction1, correction2 = _one_minus_exp(step * log_beta1), _one_minus_exp(step * log_beta2)
     denominator = tl.sqrt_rn(exp_avg_sq) * tl.div_rn(1.0, tl.sqrt_rn(correction2)) + eps
     lr = learning_rate(lr, lr_tensor)
-    weight -= lr * weight_decay * weight
+    weight -= lr * weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     weight -= tl.div_rn(lr, correction1) * tl.div_rn(exp_avg, denominator)
     store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
 

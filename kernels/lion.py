@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
 from sparseft.reference_optim import StepOptions
 
 
@@ -28,10 +28,11 @@ def _lion_kernel(
     INDEX: tl.constexpr,
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_PRETRAINED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Column 6 of the table: exp_avg."""
+    """State: exp_avg."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -39,13 +40,14 @@ def _lion_kernel(
     index, grad, weight = load_selected(
         row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
     )
-    state = pointer(row, 6, tl.float32) + element
+    state = pointer(row, STATES, tl.float32) + element
     exp_avg = tl.load(state, mask=exists, other=0.0)
     mean = exp_avg + (grad - exp_avg) * one_minus_beta1
     tl.store(state, exp_avg + (grad - exp_avg) * one_minus_beta2, mask=exists)
     # a NaN stays one
     sign = tl.where(mean > 0, 1.0, tl.where(mean < 0, -1.0, mean))
-    weight -= learning_rate(lr, lr_tensor) * (sign + weight_decay * weight)
+    decay = weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
+    weight -= learning_rate(lr, lr_tensor) * (sign + decay)
     store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
 
 

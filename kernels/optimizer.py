@@ -1,6 +1,7 @@
 """What the optimizers share: gradients and weights read at the selected entries, weights written back, the launch.
 
-Columns of their table: k, indices, gradient, parameter, master, step, then the optimizer's states.
+Columns of their table: k, indices, gradient, parameter, master, step, pretrained, then the optimizer's states. An
+address that is not needed is 0.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from sparseft.reference_optim import StepOptions
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
+# the first column of the states
+STATES = tl.constexpr(7)
 
 
 @triton.jit
@@ -47,6 +50,15 @@ def load_selected(
         # a weight that was changed from outside (a delta swapped in) no longer rounds from its master: the weight wins
         weight = tl.where(master.to(PARAM).to(tl.float32) == weight, master, weight)
     return index, grad, weight
+
+
+@triton.jit
+def decayed_part(row, element, exists, weight, PARAM: tl.constexpr, HAS_PRETRAINED: tl.constexpr):
+    """Return what decay shrinks: weights, or their distance from the pretrained ones."""
+    if HAS_PRETRAINED:
+        return weight - tl.load(pointer(row, 6, PARAM) + element, mask=exists, other=0.0).to(tl.float32)
+    else:
+        return weight
 
 
 @triton.jit
@@ -84,6 +96,8 @@ def launch_step(
     (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's own.
     """
     check_lengths(params=params, grads=grads, indices=indices, masters=masters, steps=steps, **states)
+    if options.pretrained is not None:
+        check_lengths(params=params, pretrained=options.pretrained)
     if not params:
         return
     device = params[0].device
@@ -94,10 +108,11 @@ def launch_step(
         if scalar is not None and scalar.device != device:
             raise ValueError(f"{name} must be on the parameters' device {device}, got {scalar.device}; move it there")
     grads = [grad.contiguous() for grad in grads]  # a copy has to live until the launch
-    groups = _group(params, grads, indices, states, masters, steps)
+    groups = _group(params, grads, indices, states, masters, steps, options)
     scalars = (float(lr), lr_tensor, options.grad_scale, found_inf, *map(float, (options.weight_decay, *arguments)))
     torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).float())
-    launch(kernel, groups, _CONSTANTS, device, *scalars, MAXIMIZE=options.maximize, **constants)
+    constants |= {"MAXIMIZE": options.maximize, "HAS_PRETRAINED": options.pretrained is not None}
+    launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
 
 
 def _group(
@@ -107,6 +122,7 @@ def _group(
     states: dict[str, list[Tensor]],
     masters: list[Tensor],
     steps: list[Tensor],
+    options: StepOptions,
 ) -> dict[tuple[Any, ...], list[Row]]:
     """Return the rows of the tables by the values of `_CONSTANTS`."""
     device = params[0].device
@@ -122,9 +138,13 @@ def _group(
         check_tensor("indices", i, index, k, INDICES, device)
         if master.numel():
             check_tensor("masters", i, master, k, FLOAT32, device)
+        if options.pretrained is not None:
+            check_tensor("pretrained", i, options.pretrained[i], k, (param.dtype,), device)
         for name, tensors in states.items():
             check_tensor(name, i, tensors[i], k, FLOAT32, device)
         kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)
-        columns = (index, grad, param, master, step, *(tensors[i] for tensors in states.values()))
-        groups.setdefault(kind, []).append((k, *(tensor.data_ptr() for tensor in columns)))
+        pretrained = options.pretrained[i].data_ptr() if options.pretrained is not None else 0
+        columns = [tensor.data_ptr() for tensor in (index, grad, param, master, step)]
+        addresses = [tensors[i].data_ptr() for tensors in states.values()]
+        groups.setdefault(kind, []).append((k, *columns, pretrained, *addresses))
     return groups

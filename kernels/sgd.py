@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
 from sparseft.reference_optim import StepOptions
 
 
@@ -28,12 +28,13 @@ def _sgd_kernel(
     INDEX: tl.constexpr,
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
+    HAS_PRETRAINED: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
-    """Column 6 of the table, with momentum: momentum buffer."""
+    """State, with momentum: momentum_buffer."""
     if found_inf is not None:
         if tl.load(found_inf) != 0:
             return
@@ -41,9 +42,9 @@ def _sgd_kernel(
     index, grad, weight = load_selected(
         row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
     )
-    grad += weight_decay * weight
+    grad += weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     if HAS_MOMENTUM:
-        state = pointer(row, 6, tl.float32) + element
+        state = pointer(row, STATES, tl.float32) + element
         buffer = tl.load(state, mask=exists, other=0.0) * momentum + one_minus_dampening * grad
         if tl.load(pointer(row, 5, tl.float32)) == 1:
             buffer = grad

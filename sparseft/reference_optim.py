@@ -22,7 +22,8 @@ from torch import Tensor
 class StepOptions:
     """What every optimizer's op takes beside its own options.
 
-    lr: step size; lr_tensor, a 0-d tensor, is used in its place if given. weight_decay: as the op says.
+    lr: step size; lr_tensor, a 0-d tensor, is used in its place if given. weight_decay: as the op says; it pulls
+    weights to zero or to `pretrained`, one tensor [k] a parameter, in its dtype.
     maximize: ascend. grad_scale, found_inf: GradScaler's, one fp32 value each; gradients are divided by the first, and
     nothing changes, nor counts, when the second is not 0.
     """
@@ -30,6 +31,7 @@ class StepOptions:
     lr: float
     weight_decay: float
     maximize: bool = False
+    pretrained: list[Tensor] | None = None
     lr_tensor: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -61,7 +63,7 @@ def adamw_(
     eps: float,
     **options: Any,
 ) -> None:
-    """One AdamW step; decay is decoupled, `lr * weight_decay` of the weight.
+    """One AdamW step; decay is decoupled: `lr * weight_decay` times the weight, or its distance from `pretrained`.
 
     Source: arXiv 1711.05101, in torch.optim.AdamW's order of operations.
     """
@@ -111,7 +113,7 @@ def sgd_(
     nesterov: bool = False,
     **options: Any,
 ) -> None:
-    """One SGD step; `weight_decay` of the weight is added to the gradient.
+    """One SGD step; decay is added to the gradient.
 
     momentum_buffers are empty without momentum; at step 1 the buffer becomes the gradient itself, undamped, as in
     torch.optim.SGD.
@@ -145,7 +147,7 @@ def _step(
     for i, (param, index) in enumerate(zip(params, indices, strict=True)):
         grad = _selected_grad(grads[i], index, options)
         weight = _selected_weight(param, index, masters[i])
-        decay = options.weight_decay * weight
+        decay = options.weight_decay * (weight if options.pretrained is None else weight - options.pretrained[i])
         yield _Entries(grad, weight, [tensors[i] for tensors in states], decay, lr, float(steps[i]))
         param.view(-1)[index.long()] = weight.to(param.dtype)
         if masters[i].numel():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 import os
 from collections.abc import Callable, Iterator
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from sparseft import ops, reference
+from sparseft.testing_optim import OPTIMIZERS, optimizer_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -58,7 +60,7 @@ def implementations(op: str, device: str) -> dict[str, Callable[..., Any]]:
 def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> Iterator[Sample]:
     """Yield calls of an op: plain ones, and every shape that has ever broken a kernel."""
     generator = torch.Generator().manual_seed(0)
-    makers = {
+    makers: dict[str, Callable[[torch.Generator, torch.dtype], Iterator[Sample]]] = {
         "fisher_linear_": _fisher_linear_inputs,
         "fisher_linears_": _fisher_linears_inputs,
         "fisher_segments_": _fisher_segments_inputs,
@@ -66,9 +68,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
         "topk_indices": _topk_inputs,
         "gather": _gather_inputs,
         "delta_swap_": _delta_swap_inputs,
-        "adamw_": _adamw_inputs,
-        "lion_": _lion_inputs,
-        "sgd_": _sgd_inputs,
+        **{name: functools.partial(_optimizer_inputs, name) for name in OPTIMIZERS},
     }
     for sample in makers[op](generator, dtype):
         yield sample.map(lambda tensor: tensor.to(device))
@@ -104,7 +104,7 @@ def exact(op: str, sample: Sample) -> list[Tensor]:
     if op == "topk_indices":
         return observe(op, reference.topk_indices, sample)
     double = sample.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-    if op in ("adamw_", "lion_", "sgd_"):
+    if op in OPTIMIZERS:
         # fp64 weights need no master: they start where the master is, unless the weight was changed from outside
         params, indices, masters = sample.args[0], sample.args[2], sample.args[-2]
         for i, (param, index, master) in enumerate(zip(params, indices, masters, strict=True)):

@@ -3,6 +3,7 @@
 import torch
 
 import sparseft.testing
+from sparseft import optim
 
 
 class Lion(torch.optim.Optimizer):
@@ -24,11 +25,18 @@ class Lion(torch.optim.Optimizer):
                 param -= group["lr"] * (update + group["weight_decay"] * param)
 
 
-OPTIONS = {
+PLAIN = {
     "adamw": {"lr": 0.05, "weight_decay": 0.1},
     "lion": {"lr": 0.02, "weight_decay": 0.1},
     "sgd": {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.1},
 }
+SHARED = {
+    "decay to the pretrained": {"decay_to": "pretrained"},
+}
+# each optimizer by itself, and with each option that all of them have
+OPTIONS = {name: PLAIN[name] for name in PLAIN}
+OPTIONS |= {f"{name}, {case}": {**PLAIN[name], **extra} for name in PLAIN for case, extra in SHARED.items()}
+OPTIMIZERS = {case: optim.OPTIMIZERS[case.partition(",")[0]] for case in OPTIONS}
 TORCH = {"adamw": torch.optim.AdamW, "lion": Lion, "sgd": torch.optim.SGD}
 
 

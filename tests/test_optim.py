@@ -6,17 +6,17 @@ import pickle
 
 import pytest
 import torch
-from optimizers import OPTIONS, TORCH, assert_same, model_and_groups, train, weights
+from optimizers import OPTIMIZERS, OPTIONS, PLAIN, TORCH, assert_same, model_and_groups, train, weights
 
 import sparseft
 import sparseft.testing
-from sparseft.optim import OPTIMIZERS
 
+plain_optimizers = pytest.mark.parametrize("name", PLAIN)
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 every_device = pytest.mark.parametrize("device", sparseft.testing.devices())
 
 
-@every_optimizer
+@plain_optimizers
 @every_device
 @pytest.mark.parametrize("maximize", [False, True])
 def test_with_every_entry_selected_it_is_torchs_own(name, device, maximize):
@@ -48,7 +48,7 @@ def test_unselected_entries_stay_bit_identical(name, device, dtype):
         outside = torch.ones(old.numel(), dtype=torch.bool, device=device)
         outside[index.long()] = False
         assert torch.equal(old.view(-1)[outside], new.view(-1)[outside])
-        assert (old.view(-1)[~outside] != new.view(-1)[~outside]).float().mean() > 0.9
+        assert (old.view(-1)[~outside] != new.view(-1)[~outside]).float().mean() > 0.7
 
 
 @every_optimizer
@@ -83,8 +83,9 @@ def test_loading_its_own_state_at_start_changes_nothing(name):
     train(model, optimizer, 5)
     train(other, OPTIMIZERS[name](groups, **OPTIONS[name]), 5)
     assert_same(weights(model), weights(other))
-    states = [state for param_state in optimizer.state.values() for state in param_state.values()]
-    assert all(state.dtype == torch.float32 for state in states)
+    for state in optimizer.state.values():
+        assert state.pop("pretrained", torch.tensor([], dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert all(tensor.dtype == torch.float32 for tensor in state.values())
 
 
 @every_optimizer
@@ -117,7 +118,7 @@ def test_closure_runs_with_gradients_and_its_loss_comes_back(name):
     assert not torch.equal(before[0], weights(model)[0])
 
 
-@every_optimizer
+@plain_optimizers
 @pytest.mark.parametrize("as_tensor", [False, True])
 def test_schedulers_drive_the_learning_rate(name, as_tensor):
     model, _ = model_and_groups()

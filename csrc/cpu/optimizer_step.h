@@ -22,6 +22,7 @@ constexpr int64_t kGrainEntries = 4096;  // below, a second thread costs more th
 struct alignas(64) Block {
     float weight[kBlockEntries];
     float grad[kBlockEntries];
+    float anchor[kBlockEntries];  // what decay pulls to
     float states[kMaxStates][kBlockEntries];
     float stored[kBlockEntries];  // weights as the tensor stores them, 16-bit ones in half the space
     float stored_grad[kBlockEntries];
@@ -30,15 +31,16 @@ struct alignas(64) Block {
 
 template <class Rule>
 SPARSEFT_SIMD void update_block(const typename Rule::Coefficients c, int64_t n, const float* __restrict grad,
-                                float* __restrict weight, float* __restrict state0, float* __restrict state1) {
+                                const float* __restrict anchor, float* __restrict weight, float* __restrict state0,
+                                float* __restrict state1) {
     for (int64_t i = 0; i < n; ++i) {
         if constexpr (Rule::kStates == 1) {
             float state[1] = {state0[i]};
-            Rule::update(c, grad[i], weight[i], state);
+            Rule::update(c, grad[i], anchor[i], weight[i], state);
             state0[i] = state[0];
         } else {
             float state[2] = {state0[i], state1[i]};
-            Rule::update(c, grad[i], weight[i], state);
+            Rule::update(c, grad[i], anchor[i], weight[i], state);
             state0[i] = state[0];
             state1[i] = state[1];
         }
@@ -69,6 +71,9 @@ inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float d
     widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
     widen(p.dtype, block.stored, n, block.weight);
+    if (p.pretrained) {
+        widen(p.dtype, static_cast<const char*>(p.pretrained) + begin * p.at.element_size, n, block.anchor);
+    }
     if (p.master) {
         narrow(p.dtype, p.master + begin, n, block.stored);
         widen(p.dtype, block.stored, n, block.rounded);
@@ -89,7 +94,7 @@ void step_block(const ParameterStep& p, const typename Rule::Coefficients& coeff
     // a state that the options do not need is a dummy that stays in the block
     float* states[kMaxStates];
     for (int s = 0; s < kMaxStates; ++s) states[s] = p.states[s] ? p.states[s] + begin : block.states[s];
-    update_block<Rule>(coefficients, n, block.grad, block.weight, states[0], states[1]);
+    update_block<Rule>(coefficients, n, block.grad, block.anchor, block.weight, states[0], states[1]);
     store_weight(p, begin, n, block);
 }
 
@@ -114,6 +119,7 @@ struct CpuOptimizer {
         work.parallel(kGrainEntries, [&](const auto& for_each_piece) {
             Block block;
             std::memset(block.states, 0, sizeof block.states);
+            std::memset(block.anchor, 0, sizeof block.anchor);
             float count = std::numeric_limits<float>::quiet_NaN();  // differs from every count
             typename Rule::Coefficients coefficients{};
             for_each_piece([&](const Piece& piece) {

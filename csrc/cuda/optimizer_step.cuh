@@ -51,6 +51,7 @@ __device__ __forceinline__ void update_entry(const ParameterStep& p, const typen
     const uint32_t grad_bits = load_bits(p.grad, p.grad_dtype, p.compact_grad ? i : where);
     const uint32_t weight_bits = load_bits(p.at.data, p.dtype, where);
     const float master = p.master ? p.master[i] : 0;
+    const uint32_t anchor_bits = p.pretrained ? load_bits(p.pretrained, p.dtype, i) : 0;
     float states[Rule::kStates];
     for (int s = 0; s < Rule::kStates; ++s) states[s] = p.states[s] ? p.states[s][i] : 0;
 
@@ -58,7 +59,7 @@ __device__ __forceinline__ void update_entry(const ParameterStep& p, const typen
     float weight = as_number(weight_bits, p.dtype);
     // a weight that does not round from its master was changed from outside: the weight wins
     if (p.master && rounded(master, p.dtype) == weight) weight = master;
-    Rule::update(coefficients, grad, weight, states);
+    Rule::update(coefficients, grad, as_number(anchor_bits, p.dtype), weight, states);
     for (int s = 0; s < Rule::kStates; ++s) {
         if (p.states[s]) p.states[s][i] = states[s];
     }

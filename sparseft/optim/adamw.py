@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparseft.optim.base import SparseOptimizer, Step
+from sparseft.optim.options import SharedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SparseAdamW(SparseOptimizer):
@@ -21,8 +25,8 @@ class SparseAdamW(SparseOptimizer):
             fine-tuning.
         betas: decay of the running means of the gradient and its square, each in [0, 1).
         eps: added to the root of the second moment.
-        weight_decay: decoupled decay of the selected entries toward zero, per step times lr.
-        maximize: ascend instead of descend.
+        weight_decay: decoupled decay of the selected entries, per step times lr.
+        options: those of every optimizer, `SharedOptions`.
 
     Raises:
         ValueError: an option is out of range, or index lists do not fit.
@@ -37,15 +41,14 @@ class SparseAdamW(SparseOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
+        **options: Unpack[SharedOptions],
     ):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         if not eps >= 0:
             raise ValueError(f"eps must be at least 0, got {eps}")
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        super().__init__(params, defaults)
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        super().__init__(params, defaults, options)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"

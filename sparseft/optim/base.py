@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import ParamsT
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.mask import check_indices
+from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
 from sparseft.reference import index_dtype
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -43,11 +45,24 @@ class SparseOptimizer(torch.optim.Optimizer):
     no momentum. `param.grad` is read and never written; a gradient of k entries in place of a dense one works too.
 
     State has one entry a selected weight, in fp32: torch's names, `step` (0-d), and for a bf16 or fp16 parameter
-    `master`, its selected entries in fp32.
+    `master`, its selected entries in fp32. What every optimizer can be asked for: `SharedOptions`.
     """
 
     # GradScaler hands its scale and overflow flag to step, which then needs no host synchronisation
     _step_supports_amp_scaling = True
+
+    def __init__(self, params: ParamsT, defaults: dict[str, Any], options: SharedOptions) -> None:
+        unknown = sorted(set(options) - set(DEFAULTS))
+        if unknown:
+            raise TypeError(f"{type(self).__name__} has no option {', '.join(unknown)}; it has {', '.join(DEFAULTS)}")
+        super().__init__(params, {**defaults, **DEFAULTS, **options})
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        # a state that was saved before an option was there
+        for group in self.param_groups:
+            for option, value in DEFAULTS.items():
+                group.setdefault(option, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; `indices` is one list a parameter, or None to train every entry.
@@ -64,9 +79,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         try:
-            for option in ("lr", "weight_decay"):
-                if not group[option] >= 0:
-                    raise ValueError(f"{option} must be at least 0, got {group[option]}")
+            check_options(group)
             group["indices"] = _checked_indices(group["params"], indices)
         except (TypeError, ValueError):
             self.param_groups.pop()
@@ -136,6 +149,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             "lr_tensor": lr if on_device else None,
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
+            "pretrained": [state["pretrained"] for state in states] if group["decay_to"] == "pretrained" else None,
             "grad_scale": getattr(self, "grad_scale", None),
             "found_inf": getattr(self, "found_inf", None),
         }
@@ -152,7 +166,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 if param.dtype != torch.float32:
-                    state["master"] = param.detach().view(-1)[index.long()].float()
+                    state["master"] = _values(param, index).float()
+            if group["decay_to"] == "pretrained" and "pretrained" not in state:
+                state["pretrained"] = _values(param, index)
             for name in names:
                 if name not in state:
                     state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
@@ -165,6 +181,10 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], step: Step) -> None:
         """Call the optimizer's op: the only method, with `_state_names`, that a new optimizer writes."""
         raise NotImplementedError
+
+
+def _values(param: Tensor, index: Tensor) -> Tensor:
+    return param.detach().view(-1)[index.long()]
 
 
 @functools.cache

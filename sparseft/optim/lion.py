@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparseft.optim.base import SparseOptimizer, Step
+from sparseft.optim.options import SharedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SparseLion(SparseOptimizer):
@@ -18,9 +22,9 @@ class SparseLion(SparseOptimizer):
         params: as for SparseAdamW.
         lr: weight change per step, a float or a 0-d tensor. Lion wants a third to a tenth of AdamW's.
         betas: share of the running mean in the direction of a step, and decay of that mean, each in [0, 1).
-        weight_decay: decoupled decay of the selected entries toward zero, per step times lr; three to ten times
+        weight_decay: decoupled decay of the selected entries, per step times lr; three to ten times
             AdamW's.
-        maximize: ascend instead of descend.
+        options: those of every optimizer, `SharedOptions`.
 
     Raises:
         ValueError: an option is out of range, or index lists do not fit.
@@ -34,12 +38,11 @@ class SparseLion(SparseOptimizer):
         lr: float | Tensor = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
-        *,
-        maximize: bool = False,
+        **options: Unpack[SharedOptions],
     ):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "maximize": maximize})
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, options)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("exp_avg",)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sparseft.optim.base import SparseOptimizer, Step
+from sparseft.optim.options import SharedOptions
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class SparseSGD(SparseOptimizer):
@@ -21,7 +25,7 @@ class SparseSGD(SparseOptimizer):
         dampening: share of the gradient that is left out of the running one, from the second step on.
         weight_decay: L2 penalty, added to the gradient of the selected entries.
         nesterov: look ahead along the momentum; needs momentum and no dampening.
-        maximize: ascend instead of descend.
+        options: those of every optimizer, `SharedOptions`.
 
     Raises:
         ValueError: an option is out of range, or index lists do not fit.
@@ -35,8 +39,7 @@ class SparseSGD(SparseOptimizer):
         dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
-        *,
-        maximize: bool = False,
+        **options: Unpack[SharedOptions],
     ):
         if not momentum >= 0:
             raise ValueError(f"momentum must be at least 0, got {momentum}")
@@ -48,9 +51,8 @@ class SparseSGD(SparseOptimizer):
             "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
-            "maximize": maximize,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, options)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         return ("momentum_buffer",) if group["momentum"] else ()
