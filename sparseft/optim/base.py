@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
-from sparseft.mask import check_indices
+from sparseft.mask import Mask
+from sparseft.optim.mask_change import Move, carry_leaf, members, positions
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.reference import index_dtype
-
-_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+from sparseft.optim.parameters import checked_indices, values, with_gradients
 
 
 @dataclasses.dataclass
@@ -80,7 +78,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         group = self.param_groups[-1]
         try:
             check_options(group)
-            group["indices"] = _checked_indices(group["params"], indices)
+            group["indices"] = checked_indices(group["params"], indices)
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
@@ -114,7 +112,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 "another model: build the optimizer from that mask"
             )
         indices = [
-            _checked_indices(group["params"], saved["indices"])
+            checked_indices(group["params"], saved["indices"])
             for group, saved in zip(self.param_groups, saved_groups, strict=True)
         ]
         super().load_state_dict(state_dict)
@@ -128,6 +126,39 @@ class SparseOptimizer(torch.optim.Optimizer):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[param][name] = value.to(param.device, copy=True) if torch.is_tensor(value) else value
 
+    @torch.no_grad()
+    def set_mask(self, mask: Mask, model: nn.Module) -> None:
+        """Train the entries of another mask from the next step on: for schedules that choose anew while training.
+
+        Entries that stay keep their state. New ones start with moments of zero, and a parameter's step count goes on:
+        their first AdamW steps are up to (1 - beta1) / sqrt(1 - beta2) times lr, 3.2 by default. What is no longer
+        selected keeps its weight and loses its state. Call it between a step and the next backward pass.
+
+        Parameters stay in their groups. New ones join the group named `selected` or `dense`, as the mask has them, or
+        the first. One with nothing selected leaves, and comes back as new. Parameters that are not the mask's, because
+        it was selected without them, stay as they are.
+
+        Raises:
+            ValueError: the mask is of another model, or none of its parameters is in the optimizer; nothing changes.
+        """
+        groups = members(self.param_groups, mask, model)
+        lists = [checked_indices([m.param for m in group], [m.indices for m in group]) for group in groups]
+        states: dict[Tensor, dict[str, Any]] = {}
+        for group, its_members, its_lists in zip(self.param_groups, groups, lists, strict=True):
+            old_lists = {id(param): index for param, index in zip(group["params"], group["indices"], strict=True)}
+            for member, index in zip(its_members, its_lists, strict=True):
+                if member.before is not None and member.before in self.state:
+                    old = positions(member.before, old_lists[id(member.before)])
+                    move = Move.between(old, positions(member.param, index))
+                    carry_leaf(member.before, member.param, move)
+                    states[member.param] = self._carried(self.state[member.before], member.param, index, move)
+        for group, its_members, its_lists in zip(self.param_groups, groups, lists, strict=True):
+            group["params"], group["indices"] = [member.param for member in its_members], its_lists
+            if "param_names" in group:
+                group["param_names"] = [member.name for member in its_members]
+        self.state.clear()
+        self.state.update(states)
+
     def __repr__(self) -> str:
         entries = sum(index.numel() for group in self.param_groups for index in group["indices"])
         options = {
@@ -137,7 +168,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def _group_step(self, group: dict[str, Any]) -> None:
         """Call the optimizer's op with what every optimizer shares."""
-        params, grads, indices = _with_gradients(group)
+        params, grads, indices = with_gradients(group)
         if not params:
             return
         states = self._states(group, params, indices)
@@ -166,13 +197,24 @@ class SparseOptimizer(torch.optim.Optimizer):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
                 if param.dtype != torch.float32:
-                    state["master"] = _values(param, index).float()
+                    state["master"] = values(param, index).float()
             if group["decay_to"] == "pretrained" and "pretrained" not in state:
-                state["pretrained"] = _values(param, index)
+                state["pretrained"] = values(param, index)
             for name in names:
                 if name not in state:
                     state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
         return states
+
+    def _carried(self, state: dict[str, Any], param: Tensor, index: Tensor, move: Move) -> dict[str, Any]:
+        """Return the state of other entries of a parameter: what stays, and a beginning for what is new."""
+        carried = {"step": state["step"]}
+        for name in state.keys() - carried.keys():
+            if name in ("master", "pretrained"):
+                fresh = values(param, index).to(state[name].dtype)
+            else:
+                fresh = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
+            carried[name] = move.carry(state[name], fresh)
+        return carried
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""
@@ -183,45 +225,6 @@ class SparseOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def _values(param: Tensor, index: Tensor) -> Tensor:
-    return param.detach().view(-1)[index.long()]
-
-
 @functools.cache
 def _no_master(device: torch.device) -> Tensor:
     return torch.empty(0, dtype=torch.float32, device=device)
-
-
-def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return the parameters of a group that have a gradient, the gradients, and the index lists."""
-    params, grads, indices = [], [], []
-    for param, index in zip(group["params"], group["indices"], strict=True):
-        grad = param.grad
-        if grad is not None:
-            params.append(param)
-            grads.append(grad)
-            indices.append(index)
-        elif index.numel() and not param.requires_grad:
-            warnings.warn(
-                f"a parameter of shape {list(param.shape)} with {index.numel()} selected entries is frozen "
-                "(requires_grad=False) and does not train; unfreeze it, or select again without it",
-                stacklevel=5,
-            )
-    return params, grads, indices
-
-
-def _checked_indices(params: list[Tensor], indices: list[Tensor] | None) -> list[Tensor]:
-    """Return one index list a parameter, on its device, in its dtype; all entries where there is no list."""
-    for param in params:
-        if param.dtype not in _FLOATS or not param.is_contiguous():
-            raise TypeError(
-                f"parameters must be contiguous and fp32, bf16 or fp16, got {param.dtype} {param.stride()}"
-            )
-    if indices is None:
-        return [torch.arange(p.numel(), dtype=index_dtype(p.numel()), device=p.device) for p in params]
-    if len(indices) != len(params):
-        raise ValueError(f"a group needs one index list a parameter, got {len(indices)} for {len(params)} parameters")
-    return [
-        check_indices(f"parameter {i} of the group", index, param.numel()).to(param.device)
-        for i, (param, index) in enumerate(zip(params, indices, strict=True))
-    ]

@@ -1,0 +1,103 @@
+"""Changing which entries an optimizer trains while it trains: what stays keeps its state."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.entries import SelectedEntries
+from sparseft.mask import Mask
+
+
+@dataclasses.dataclass
+class Member:
+    """A parameter in a group, as a new mask wants it. `before` is what the group holds now for the same weight."""
+
+    param: Tensor
+    indices: Tensor | None
+    name: str | None
+    before: Tensor | None = None
+
+
+@dataclasses.dataclass
+class Move:
+    """Where the entries of a new index list were in the old one.
+
+    Attributes:
+        stays: bool [k], entries that were selected before.
+        source: int64, positions of those in the old list.
+    """
+
+    stays: Tensor
+    source: Tensor
+
+    @classmethod
+    def between(cls, old: Tensor, new: Tensor) -> Move:
+        """Compare two index lists, both sorted and unique."""
+        if not old.numel():
+            return cls(torch.zeros_like(new, dtype=torch.bool), new.new_empty(0, dtype=torch.int64))
+        slot = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
+        stays = old[slot] == new
+        return cls(stays, slot[stays])
+
+    def carry(self, values: Tensor, fresh: Tensor) -> Tensor:
+        """Return `fresh`, one value an entry of the new list, with the values of entries that stay."""
+        fresh[self.stays] = values[self.source]
+        return fresh
+
+
+def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -> list[list[Member]]:
+    """Return what a new mask makes of each group.
+
+    A parameter stays in its group; one that is new joins the group of its kind, `selected` or `dense`, or the first;
+    one of the mask's model with nothing selected leaves. What the mask does not know stays as it is. Parameters come
+    in the mask's order, as in an optimizer that is built from it.
+
+    Raises:
+        ValueError: the mask is of another model, a parameter of it is frozen, or the optimizer has none of them.
+    """
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    known = {*mask.shapes, *mask.dense}
+    owners = {id(weight(param)): (g, param) for g, group in enumerate(groups) for param in group["params"]}
+    result: list[list[Member]] = [[] for _ in groups]
+    for g, group in enumerate(groups):
+        labels = group.get("param_names", [None] * len(group["params"]))
+        for param, index, label in zip(group["params"], group["indices"], labels, strict=True):
+            if names.get(id(weight(param))) not in known:
+                result[g].append(Member(param, index, label, param))
+    homes = [group.get("name") for group in groups]
+    found = False
+    for wanted in mask.param_groups(model):
+        lists = wanted.get("indices") or [None] * len(wanted["params"])
+        home = homes.index(wanted["name"]) if wanted["name"] in homes else 0
+        for param, index in zip(wanted["params"], lists, strict=True):
+            g, before = owners.get(id(weight(param)), (home, None))
+            found |= before is not None
+            result[g].append(Member(param, index, names[id(weight(param))], before))
+    if not found:
+        raise ValueError(
+            f"the optimizer trains none of the parameters of {mask}; build it from a mask of the model it is to train"
+        )
+    return result
+
+
+def weight(param: Tensor) -> Tensor:
+    """Return the parameter that entries belong to: itself, but for a leaf of selected entries."""
+    return param.dense if isinstance(param, SelectedEntries) else param
+
+
+def positions(param: Tensor, index: Tensor) -> Tensor:
+    """Return where in its weight a parameter's entries lie: flat, sorted, unique."""
+    return param.positions if isinstance(param, SelectedEntries) else index
+
+
+def carry_leaf(old: Tensor, new: Tensor, move: Move) -> None:
+    """Give a leaf of selected entries the digits that another has of them and a 16-bit weight does not."""
+    if isinstance(old, SelectedEntries) and isinstance(new, SelectedEntries) and old is not new:
+        kept = move.carry(old.detach(), new.detach().clone())
+        dtype = new.dense.dtype
+        new.detach().copy_(torch.where(kept.to(dtype) == new.to(dtype), kept, new.detach()))
