@@ -23,6 +23,7 @@ CPU_SOURCES = [
     "csrc/cpu/gather.cpp",
     "csrc/cpu/lion.cpp",
     "csrc/cpu/outer_at.cpp",
+    "csrc/cpu/outer_product.cpp",
     "csrc/cpu/sgd.cpp",
     "csrc/cpu/topk.cpp",
 ]

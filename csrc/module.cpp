@@ -7,6 +7,8 @@
 #endif
 #include <torch/headeronly/version.h>
 
+#include "cpu/outer_product.h"
+
 namespace py = pybind11;
 
 namespace {
@@ -28,6 +30,7 @@ py::dict build_info() {
 #else
     info["compiler"] = "GCC " __VERSION__;
 #endif
+    info["vector_unit"] = sparseft::outer_product().vector_unit;
     info["torch_built_with"] = TORCH_VERSION;
     info["torch_at_least"] = "2.10";
     return info;

@@ -16,29 +16,36 @@ namespace sparseft {
 namespace {
 
 constexpr int64_t kOneTokenSamples = 256;  // that go into one product
-constexpr int64_t kLanes = 16;             // partial sums that a vector unit adds to at a time
 
-SPARSEFT_SIMD void add(const float* __restrict product, int64_t n, float* __restrict fisher) {
-    for (int64_t i = 0; i < n; ++i) fisher[i] += product[i];
+// Square one token of each of `samples`, times their weights, and make nothing of samples that count for nothing:
+// there x may be infinite.
+template <int64_t kWidth>
+SPARSEFT_SIMD void square(const Span* spans, const float* weight, int64_t samples, float* values) {
+    for (int64_t n = 0; n < samples; ++n, values += kWidth) {
+        const float scale = weight ? weight[n] : 1;
+        for (int64_t i = 0; i < kWidth; ++i) values[i] = spans[n].tokens() ? scale * (values[i] * values[i]) : 0;
+    }
 }
 
-SPARSEFT_SIMD void square(float weight, int64_t n, float* __restrict values) {
-    for (int64_t i = 0; i < n; ++i) values[i] *= weight * values[i];
-}
+using Product = float[kBlockRows][kBlockColumns];
 
-// The sum of squares of those values that are selected, or of all.
-SPARSEFT_SIMD double sum_squares(const float* values, const bool* selected, int64_t n) {
-    float lanes[kLanes] = {};
-    double sum = 0;
-    int64_t i = 0;
-    for (; i + kLanes <= n; i += kLanes) {
-        for (int64_t j = 0; j < kLanes; ++j) {
-            const float squared = values[i + j] * values[i + j];
-            lanes[j] += !selected || selected[i + j] ? squared : 0;
+// Add the squares of a block's product to the Fisher diagonal, whose rows lie `stride` apart like those of `selected`.
+// Return the sum of those that are selected, or of all.
+SPARSEFT_SIMD double add_and_sum_squares(const Product& product, int64_t rows, int64_t columns, float weight,
+                                         const bool* __restrict selected, float* __restrict fisher, int64_t stride) {
+    float sums[kBlockColumns] = {};
+    for (int64_t i = 0; i < rows; ++i, fisher += stride) {
+        float squares[kBlockColumns];
+        for (int64_t j = 0; j < kBlockColumns; ++j) squares[j] = product[i][j] * product[i][j];
+        for (int64_t j = 0; j < columns; ++j) fisher[j] += weight * squares[j];
+        if (selected) {
+            for (int64_t j = 0; j < columns; ++j) sums[j] += selected[i * stride + j] ? squares[j] : 0;
+        } else {
+            for (int64_t j = 0; j < kBlockColumns; ++j) sums[j] += squares[j];
         }
     }
-    for (; i < n; ++i) sum += !selected || selected[i] ? values[i] * values[i] : 0;
-    for (const float lane : lanes) sum += lane;
+    double sum = 0;
+    for (int64_t j = 0; j < columns; ++j) sum += sums[j];
     return sum;
 }
 
@@ -62,55 +69,54 @@ struct Layer {
     }
 };
 
-// Call `visit(product, n, entry)` for each row of a tile, `entry` being the position of its first entry in the layer.
-template <class Visit>
-void for_each_row(const Layer& layer, const Tile& tile, const float* product, const Visit& visit) {
-    for (int64_t row = tile.row_begin; row < tile.row_end; ++row, product += tile.columns()) {
-        visit(product, tile.columns(), row * layer.columns + tile.column_begin);
-    }
+// Add a sample to a tile, and return the sum of its squares at selected entries.
+double add_scored_sample(const Layer& layer, const Tile& tile, const Packed& packed, float weight) {
+    double sum = 0;
+    for_each_block(tile, packed, [&](const Block& block) {
+        const int64_t entry = block.row * layer.columns + block.column;
+        Product product = {};
+        outer_product().add(block.dy, block.x, packed.tokens(), 1, product[0], kBlockColumns);
+        sum += add_and_sum_squares(product, block.rows, block.columns, weight,
+                                   layer.selected ? layer.selected + entry : nullptr, layer.fisher + entry,
+                                   layer.columns);
+    });
+    return sum;
 }
 
-void add_tile(const Layer& layer, const Tile& tile, double* sums, Buffers& buffers) {
-    const Matrix product = buffers.product_of(tile);
+void add_samples(const Layer& layer, const Tile& tile, double* sums, Packed& packed) {
     for (int64_t sample = 0; sample < layer.x.samples; ++sample) {
         const Span& span = layer.spans[sample];
         if (!span.tokens()) continue;
-        const Matrix dy = layer.dy.of_sample(sample, span.first, span.tokens(), tile.row_begin, tile.row_end);
-        const Matrix x = layer.x.of_sample(sample, span.first, span.tokens(), tile.column_begin, tile.column_end);
-        multiply(readable(dy, buffers.dy).transposed(), readable(x, buffers.x), product);
+        packed.dy.pack(layer.dy.of_sample(sample, span.first, span.tokens(), tile.row_begin, tile.row_end));
+        packed.x.pack(layer.x.of_sample(sample, span.first, span.tokens(), tile.column_begin, tile.column_end));
         const float weight = layer.weight_of(sample);
-        for_each_row(layer, tile, buffers.product.data(), [&](const float* row, int64_t n, int64_t entry) {
-            if (sums) sums[sample] += sum_squares(row, layer.selected ? layer.selected + entry : nullptr, n);
-            add_squares(row, weight, n, layer.fisher + entry);
-        });
+        if (sums) {
+            sums[sample] = add_scored_sample(layer, tile, packed, weight);
+        } else {
+            add_tile(tile, packed, outer_product().add_squares, weight, layer.fisher, layer.columns);
+        }
     }
 }
 
 // With one token a sample, (dy * x)**2 is dy**2 * x**2: one product sums it over many samples.
-void add_one_token_tile(const Layer& layer, const Tile& tile, Buffers& buffers) {
-    const Matrix product = buffers.product_of(tile);
+void add_one_token_samples(const Layer& layer, const Tile& tile, Packed& packed) {
     for (int64_t first = 0; first < layer.x.samples; first += kOneTokenSamples) {
         const int64_t samples = std::min(kOneTokenSamples, layer.x.samples - first);
-        const Matrix dy = packed(layer.dy.of_samples(first, samples, tile.row_begin, tile.row_end), buffers.dy);
-        const Matrix x = packed(layer.x.of_samples(first, samples, tile.column_begin, tile.column_end), buffers.x);
-        for (int64_t i = 0; i < samples; ++i) {
-            square(layer.weight_of(first + i), tile.rows(), buffers.dy.data() + i * tile.rows());
-            float* row = buffers.x.data() + i * tile.columns();
-            // not multiplied by zeros: it may be infinite
-            if (!layer.spans[first + i].tokens()) std::fill_n(row, tile.columns(), 0.0f);
-        }
-        square(1, samples * tile.columns(), buffers.x.data());
-        multiply(dy.transposed(), x, product);
-        for_each_row(layer, tile, buffers.product.data(),
-                     [&](const float* row, int64_t n, int64_t entry) { add(row, n, layer.fisher + entry); });
+        packed.dy.pack(layer.dy.of_samples(first, samples, tile.row_begin, tile.row_end));
+        packed.x.pack(layer.x.of_samples(first, samples, tile.column_begin, tile.column_end));
+        const Span* const spans = layer.spans.data() + first;
+        const float* const weight = layer.weight ? layer.weight + first : nullptr;
+        for (int64_t i = 0; i < packed.dy.count(); ++i) square<kBlockRows>(spans, weight, samples, packed.dy[i]);
+        for (int64_t j = 0; j < packed.x.count(); ++j) square<kBlockColumns>(spans, nullptr, samples, packed.x[j]);
+        add_tile(tile, packed, outer_product().add, 1, layer.fisher, layer.columns);
     }
 }
 
-void add_tile(Layer& layer, int64_t i, Buffers& buffers) {
+void add_tile(Layer& layer, int64_t i, Packed& packed) {
     if (layer.x.tokens == 1 && !layer.scored) {
-        add_one_token_tile(layer, layer.tiles[i], buffers);
+        add_one_token_samples(layer, layer.tiles[i], packed);
     } else {
-        add_tile(layer, layer.tiles[i], layer.scored ? layer.sums.data() + i * layer.x.samples : nullptr, buffers);
+        add_samples(layer, layer.tiles[i], layer.scored ? layer.sums.data() + i * layer.x.samples : nullptr, packed);
     }
 }
 
@@ -120,14 +126,14 @@ void add_layers(std::vector<Layer>& layers) {
     for (const Layer& layer : layers) operations += layer.operations();
     const int64_t shares = std::clamp<int64_t>(operations / kSmallestShare, 1, torch::stable::get_num_threads());
     for (Layer& layer : layers) {
-        layer.tiles = tiles(layer.rows, layer.columns, shares);
+        layer.tiles = tiles(layer.rows, layer.columns, layer.x.tokens, shares);
         if (layer.scored) layer.sums.resize(layer.tiles.size() * layer.x.samples);
     }
     torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-        Buffers buffers;
+        Packed packed;
         for (Layer& layer : layers) {
             const int64_t count = static_cast<int64_t>(layer.tiles.size());
-            for (int64_t i = count * begin / shares; i < count * end / shares; ++i) add_tile(layer, i, buffers);
+            for (int64_t i = count * begin / shares; i < count * end / shares; ++i) add_tile(layer, i, packed);
         }
     });
 }

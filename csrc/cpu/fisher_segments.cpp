@@ -16,12 +16,12 @@ constexpr char kOp[] = "fisher_segments_";
 
 // x or dy: [M, features].
 struct Rows {
-    char* data;
+    const char* data;
     ScalarType dtype;
     int64_t element_size, row_stride, feature_stride;
 
     explicit Rows(const Tensor& tensor)
-        : data(static_cast<char*>(tensor.data_ptr())),
+        : data(static_cast<const char*>(tensor.data_ptr())),
           dtype(tensor.scalar_type()),
           element_size(tensor.element_size()),
           row_stride(tensor.stride(0)),
@@ -34,6 +34,7 @@ struct Rows {
                 end - begin,
                 row_stride,
                 feature_stride,
+                element_size,
                 dtype};
     }
 };
@@ -49,16 +50,12 @@ struct Group {
     std::vector<Segment> segments;
 };
 
-void add_tile(const Group& group, const Rows& x, const Rows& dy, int64_t columns, const Tile& tile, Buffers& buffers) {
-    const Matrix product = buffers.product_of(tile);
+void add_segments(const Group& group, const Rows& x, const Rows& dy, int64_t columns, const Tile& tile,
+                  Packed& packed) {
     for (const Segment& segment : group.segments) {
-        const Matrix dy_rows = dy.of(segment.first_row, segment.rows, tile.row_begin, tile.row_end);
-        const Matrix x_rows = x.of(segment.first_row, segment.rows, tile.column_begin, tile.column_end);
-        multiply(readable(dy_rows, buffers.dy).transposed(), readable(x_rows, buffers.x), product);
-        const float* row = buffers.product.data();
-        for (int64_t o = tile.row_begin; o < tile.row_end; ++o, row += tile.columns()) {
-            add_squares(row, segment.weight, tile.columns(), group.fisher + o * columns + tile.column_begin);
-        }
+        packed.dy.pack(dy.of(segment.first_row, segment.rows, tile.row_begin, tile.row_end));
+        packed.x.pack(x.of(segment.first_row, segment.rows, tile.column_begin, tile.column_end));
+        add_tile(tile, packed, outer_product().add_squares, segment.weight, group.fisher, columns);
     }
 }
 
@@ -140,15 +137,19 @@ void fisher_segments_(const Tensor& fisher, const Tensor& x, const Tensor& dy, c
 
     const int64_t columns = x.size(1);
     const Rows x_rows(x), dy_rows(dy);
-    const std::vector<Tile> cut = tiles(dy.size(1), columns, torch::stable::get_num_threads());
+    int64_t longest = 1;
+    for (const Group& each : work) {
+        for (const Segment& segment : each.segments) longest = std::max(longest, segment.rows);
+    }
+    const std::vector<Tile> cut = tiles(dy.size(1), columns, longest, torch::stable::get_num_threads());
     const int64_t per_group = static_cast<int64_t>(cut.size());
     const int64_t count = static_cast<int64_t>(work.size()) * per_group;
     const int64_t operations = std::max<int64_t>(1, x.numel() * dy.size(1));
     const int64_t grain = std::max<int64_t>(1, kSmallestShare * count / operations);
     torch::stable::parallel_for(0, count, grain, [&](int64_t begin, int64_t end) {
-        Buffers buffers;
+        Packed packed;
         for (int64_t i = begin; i < end; ++i) {
-            add_tile(work[i / per_group], x_rows, dy_rows, columns, cut[i % per_group], buffers);
+            add_segments(work[i / per_group], x_rows, dy_rows, columns, cut[i % per_group], packed);
         }
     });
 }

@@ -1,75 +1,26 @@
-// Tiles of a Fisher diagonal on the CPU, and the products of rows of dy and x that are squared into them.
+// Tiles of a Fisher diagonal on the CPU, to which the squares of products of dy and x are added.
 //
-// A tile of the weight stays in the second-level cache while samples pass by: the product of one sample's dy and x
-// goes into a buffer of the tile's size, and its squares are added to the Fisher diagonal at once. Threads share
-// tiles.
+// A tile of the weight stays in the second-level cache while samples pass by: one sample's columns of dy and x are
+// packed into panels, and the squares of their product are added to the Fisher diagonal block by block. Threads share
+// tiles, which consist of whole blocks: so an entry's sum does not depend on how the weight is cut.
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <cstdint>
 #include <numeric>
 #include <vector>
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-
-#include "simd.h"
+#include "outer_product.h"
+#include "panels.h"
 
 namespace sparseft {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-inline constexpr int64_t kTileRows = 256;  // a tile, its buffer and one sample's rows of dy and x fill about 1 MiB
-inline constexpr int64_t kTileColumns = 512;
-inline constexpr int64_t kSmallestTile = 16;  // rows or columns, below which products get slow
+inline constexpr int64_t kTileRows = 42;  // in blocks, as below: a tile and the panels of 128 tokens fill 1 MiB
+inline constexpr int64_t kTileColumns = 16;
+inline constexpr int64_t kFewestRows = 4;        // below, packing x costs more than a tile's rows make of it
+inline constexpr int64_t kMostPacked = 1 << 21;  // floats of dy or x, where samples are so long that this cuts tiles
 // multiplications, below which a second thread costs more than it saves
 inline constexpr int64_t kSmallestShare = 1 << 20;
-
-SPARSEFT_SIMD inline void add_squares(const float* __restrict product, float weight, int64_t n,
-                                      float* __restrict fisher) {
-    for (int64_t i = 0; i < n; ++i) fisher[i] += weight * (product[i] * product[i]);
-}
-
-// A matrix that owns nothing. Products go through these and never through the arguments themselves: those may require
-// gradients, which autograd would record on worker threads.
-struct Matrix {
-    void* data;
-    int64_t rows, columns, row_stride, column_stride;
-    ScalarType dtype = ScalarType::Float;
-
-    Matrix transposed() const { return {data, columns, rows, column_stride, row_stride, dtype}; }
-
-    Tensor tensor() const {
-        return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride},
-                                        torch::stable::Device(torch::headeronly::DeviceType::CPU), dtype);
-    }
-};
-
-// An fp32 copy without gaps, in `space`, which is grown to fit.
-inline Matrix packed(const Matrix& source, std::vector<float>& space) {
-    space.resize(std::max<size_t>(space.size(), source.rows * source.columns));
-    const Matrix copy{space.data(), source.rows, source.columns, source.columns, 1};
-    Tensor destination = copy.tensor();
-    torch::stable::copy_(destination, source.tensor());
-    return copy;
-}
-
-// What a matrix product can read in place: fp32 whose rows do not overlap, as rows of an expanded tensor do.
-inline Matrix readable(const Matrix& source, std::vector<float>& space) {
-    const bool in_place =
-        source.dtype == ScalarType::Float && source.column_stride == 1 && source.row_stride >= source.columns;
-    return in_place ? source : packed(source, space);
-}
-
-inline void multiply(const Matrix& left, const Matrix& right, const Matrix& out) {
-    using torch::stable::detail::from;
-    std::array<StableIValue, 3> stack = {from(left.tensor()), from(right.tensor()), from(out.tensor())};
-    TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::mm", "out", stack.data(), TORCH_ABI_VERSION));
-    torch::stable::detail::to<Tensor>(stack[0]);
-}
 
 struct Tile {
     int64_t row_begin, row_end, column_begin, column_end;
@@ -78,37 +29,73 @@ struct Tile {
     int64_t columns() const { return column_end - column_begin; }
 };
 
-// The buffers of one thread.
-struct Buffers {
-    std::vector<float> product, x, dy;
-
-    Matrix product_of(const Tile& tile) {
-        product.resize(std::max<size_t>(product.size(), tile.rows() * tile.columns()));
-        return {product.data(), tile.rows(), tile.columns(), tile.columns(), 1};
-    }
-};
-
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // Cut the weight into tiles of similar size, as many for each thread as for the others unless they got too small.
-inline std::vector<Tile> tiles(int64_t rows, int64_t columns, int64_t threads) {
-    int64_t down = ceil_div(rows, kTileRows), across = ceil_div(columns, kTileColumns);
+// `tokens`: of the longest sample.
+inline std::vector<Tile> tiles(int64_t rows, int64_t columns, int64_t tokens, int64_t threads) {
+    const int64_t row_blocks = ceil_div(rows, kBlockRows), column_blocks = ceil_div(columns, kBlockColumns);
+    const int64_t most_rows = std::clamp<int64_t>(kMostPacked / (tokens * kBlockRows), 1, kTileRows);
+    const int64_t most_columns = std::clamp<int64_t>(kMostPacked / (tokens * kBlockColumns), 1, kTileColumns);
+    int64_t down = ceil_div(row_blocks, most_rows), across = ceil_div(column_blocks, most_columns);
     const auto even_down = [&] {
         const int64_t step = threads / std::gcd(threads, across);
         return ceil_div(down, step) * step;
     };
     // where there are too few rows for all threads, columns are shared out too
-    while (rows < even_down() * kSmallestTile && across % threads != 0 && columns > across * kSmallestTile) ++across;
-    if (rows >= even_down() * kSmallestTile) down = even_down();
+    while (row_blocks < even_down() * kFewestRows && across % threads != 0 && across < column_blocks) ++across;
+    if (row_blocks >= even_down() * kFewestRows) down = even_down();
 
     std::vector<Tile> result;
     for (int64_t i = 0; i < down; ++i) {
         for (int64_t j = 0; j < across; ++j) {
-            result.push_back(
-                {rows * i / down, rows * (i + 1) / down, columns * j / across, columns * (j + 1) / across});
+            result.push_back({row_blocks * i / down * kBlockRows,
+                              std::min(rows, row_blocks * (i + 1) / down * kBlockRows),
+                              column_blocks * j / across * kBlockColumns,
+                              std::min(columns, column_blocks * (j + 1) / across * kBlockColumns)});
         }
     }
     return result;
+}
+
+// A tile's columns of dy and x. Every thread has its own.
+struct Packed {
+    Panels<kBlockRows> dy;
+    Panels<kBlockColumns> x;
+
+    int64_t tokens() const { return dy.rows(); }
+};
+
+struct Block {
+    const float *dy, *x;
+    int64_t row, column;    // of the weight
+    int64_t rows, columns;  // fewer than kBlockRows and kBlockColumns at the edges of the weight
+
+    bool whole() const { return rows == kBlockRows && columns == kBlockColumns; }
+};
+
+// Call `visit(block)` for each block of a tile.
+template <class Visit>
+void for_each_block(const Tile& tile, const Packed& packed, const Visit& visit) {
+    for (int64_t j = 0; j < packed.x.count(); ++j) {
+        const int64_t column = tile.column_begin + j * kBlockColumns;
+        for (int64_t i = 0; i < packed.dy.count(); ++i) {
+            const int64_t row = tile.row_begin + i * kBlockRows;
+            visit(Block{packed.dy[i], packed.x[j], row, column, std::min(kBlockRows, tile.row_end - row),
+                        std::min(kBlockColumns, tile.column_end - column)});
+        }
+    }
+}
+
+// Add what `add` makes of the product of packed dy and x to a tile of `out`, whose rows lie `stride` apart.
+inline void add_tile(const Tile& tile, const Packed& packed, OuterProduct::Add* add, float weight, float* out,
+                     int64_t stride) {
+    for_each_block(tile, packed, [&](const Block& block) {
+        float* const first = out + block.row * stride + block.column;
+        if (block.whole()) return add(block.dy, block.x, packed.tokens(), weight, first, stride);
+        float edge[kBlockRows][kBlockColumns] = {};
+        for (int64_t i = 0; i < block.rows; ++i) std::copy_n(first + i * stride, block.columns, edge[i]);
+        add(block.dy, block.x, packed.tokens(), weight, edge[0], kBlockColumns);
+        for (int64_t i = 0; i < block.rows; ++i) std::copy_n(edge[i], block.columns, first + i * stride);
+    });
 }
 
 }  // namespace sparseft

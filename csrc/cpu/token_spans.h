@@ -9,18 +9,21 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "fisher_tiles.h"
+#include "panels.h"
 #include "simd.h"
 
 namespace sparseft {
 
+using torch::stable::Tensor;
+
 // x or dy: [N, T, features].
 struct Input {
-    char* data;
+    const char* data;
     ScalarType dtype;
     int64_t samples, tokens, features, element_size, sample_stride, token_stride, feature_stride;
 
     explicit Input(const Tensor& tensor)
-        : data(static_cast<char*>(tensor.data_ptr())),
+        : data(static_cast<const char*>(tensor.data_ptr())),
           dtype(tensor.scalar_type()),
           samples(tensor.size(0)),
           tokens(tensor.size(1)),
@@ -30,18 +33,18 @@ struct Input {
           token_stride(tensor.stride(1)),
           feature_stride(tensor.stride(2)) {}
 
-    char* at(int64_t sample, int64_t token, int64_t feature) const {
+    const char* at(int64_t sample, int64_t token, int64_t feature) const {
         return data + (sample * sample_stride + token * token_stride + feature * feature_stride) * element_size;
     }
 
     // Features begin..end of `count` tokens of one sample, [count, end - begin].
     Matrix of_sample(int64_t sample, int64_t first, int64_t count, int64_t begin, int64_t end) const {
-        return {at(sample, first, begin), count, end - begin, token_stride, feature_stride, dtype};
+        return {at(sample, first, begin), count, end - begin, token_stride, feature_stride, element_size, dtype};
     }
 
     // Features begin..end of the first token of `count` samples, [count, end - begin].
     Matrix of_samples(int64_t first, int64_t count, int64_t begin, int64_t end) const {
-        return {at(first, 0, begin), count, end - begin, sample_stride, feature_stride, dtype};
+        return {at(first, 0, begin), count, end - begin, sample_stride, feature_stride, element_size, dtype};
     }
 };
 
