@@ -24,6 +24,7 @@ CPU_SOURCES = [
     "csrc/cpu/lion.cpp",
     "csrc/cpu/outer_at.cpp",
     "csrc/cpu/outer_product.cpp",
+    "csrc/cpu/selected_grad.cpp",
     "csrc/cpu/sgd.cpp",
     "csrc/cpu/topk.cpp",
 ]

@@ -8,6 +8,7 @@ from sparseft.kernels.fisher_segments import fisher_segments_
 from sparseft.kernels.gather import gather
 from sparseft.kernels.lion import lion_
 from sparseft.kernels.outer_at import outer_at
+from sparseft.kernels.selected_grad import selected_grad_
 from sparseft.kernels.sgd import sgd_
 from sparseft.kernels.topk_indices import topk_indices
 
@@ -20,6 +21,7 @@ __all__ = [
     "gather",
     "lion_",
     "outer_at",
+    "selected_grad_",
     "sgd_",
     "topk_indices",
 ]

@@ -27,6 +27,7 @@ SCHEMAS = {
     "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
     "fisher_linears_": "(Tensor(a!)[] fishers, Tensor[] xs, Tensor[] dys) -> ()",
     "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
+    "selected_grad_": "(Tensor(a!) grad, Tensor x, Tensor dy, Tensor indices, Tensor? plan=None) -> ()",
     "fisher_segments_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor offsets, Tensor? groups=None, "
     "Tensor? weight=None) -> ()",
     "topk_indices": "(Tensor[] scores, int k) -> (Tensor indices, Tensor counts)",
@@ -100,3 +101,17 @@ def _register() -> None:
 
 
 _register()
+
+
+def selected_grad_plan(indices: Tensor, out_features: int, in_features: int) -> Tensor | None:
+    """Return what `selected_grad_` takes as `plan` for these indices, to be made once a mask; None where none helps.
+
+    indices: of a weight [out_features, in_features], sorted and unique. A plan is int32, one number for each row and
+    256 columns of the weight.
+    """
+    if SERVED_BY["selected_grad_"].get(indices.device.type) != "triton":
+        return None
+    plan: Tensor = importlib.import_module("sparseft.kernels.selected_grad").selected_grad_plan(
+        indices, out_features, in_features
+    )
+    return plan

@@ -24,6 +24,7 @@ __all__ = [
     "index_dtype",
     "lion_",
     "outer_at",
+    "selected_grad_",
     "sgd_",
     "topk_indices",
 ]
@@ -77,6 +78,16 @@ def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     for n in range(left.shape[0]):
         result[n] = (wide(left[n])[:, rows] * wide(right[n])[:, columns]).sum(0)
     return result
+
+
+def selected_grad_(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor | None = None) -> None:
+    """Add `sum_m dy[m, row_j] * x[m, column_j]` to grad[j]: the gradient of a Linear weight [O, I] at its entry j.
+
+    grad: fp32 [k]; x: [M, I]; dy: [M, O], same dtype as x (fp32, bf16, fp16), any strides; indices: [k], positions
+    row_j * I + column_j; a weight [I, O] takes x and dy in each other's place. plan: what `ops.selected_grad_plan`
+    makes of the indices, which saves some backends work; this one needs none. Accumulates in fp32.
+    """
+    grad += (wide(dy).T @ wide(x)).flatten()[indices.long()]
 
 
 def fisher_segments_(

@@ -65,6 +65,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
         "fisher_linears_": _fisher_linears_inputs,
         "fisher_segments_": _fisher_segments_inputs,
         "outer_at": _outer_at_inputs,
+        "selected_grad_": _selected_grad_inputs,
         "topk_indices": _topk_inputs,
         "gather": _gather_inputs,
         "delta_swap_": _delta_swap_inputs,
@@ -80,7 +81,7 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
     result = function(*call.args, **call.kwargs)
     if op == "fisher_linear_":
         return [call.args[0], *call.args[4:5]]
-    if op == "fisher_segments_":
+    if op in ("fisher_segments_", "selected_grad_"):
         return [call.args[0]]
     if op == "fisher_linears_":
         return list(call.args[0])
@@ -230,6 +231,31 @@ def _outer_at_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator
         (left.mT.contiguous().mT, right.transpose(0, 1).contiguous().transpose(0, 1), indices),
     )
     yield Sample("broadcast left, stride 0", (left[:, :1].expand(3, 10, 20), right, indices))
+
+
+def _selected_grad_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    for m, i, o, k in [
+        (7, 37, 53, 100),
+        (1, 1, 1, 1),
+        (33, 64, 128, 37),
+        (300, 20, 16, 64),
+        (70, 260, 65, 1000),
+        (16, 19, 70, 1330),
+        (40, 512, 16, 90),
+    ]:
+        x, dy = _randn(generator, m, i).to(dtype), _randn(generator, m, o).to(dtype)
+        yield Sample(f"M{m} I{i} O{o} k{k}", (torch.zeros(k), x, dy, random_indices(o * i, k, generator)))
+    x, dy = _randn(generator, 10, 30).to(dtype), _randn(generator, 10, 20).to(dtype)
+    grad, indices = _randn(generator, 90), random_indices(600, 90, generator)
+    yield Sample("adds to what is there, int64 indices", (grad, x, dy, indices.long()))
+    yield Sample("one row, one column", (grad[:47], x, dy, torch.tensor([*range(60, 90), *range(95, 600, 30)])))
+    yield Sample("first and last entry", (grad[:2], x, dy, torch.tensor([0, 599])))
+    yield Sample("no entry", (grad[:0], x, dy, indices[:0]))
+    yield Sample("no token", (grad, x[:0], dy[:0], indices))
+    yield Sample("transposed x and dy", (grad, x.T.contiguous().T, dy.T.contiguous().T, indices))
+    yield Sample("gaps between tokens", (grad, x.repeat(1, 2)[:, :30], dy.repeat(2, 1)[::2], indices))
+    yield Sample("broadcast dy, stride 0", (grad, x, dy[:1].expand(10, 20), indices))
+    yield Sample("one number for dy, strides 0", (grad, x, dy[:1, :1].expand(10, 20), indices))
 
 
 def _fisher_segments_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

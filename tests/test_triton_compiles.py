@@ -29,6 +29,7 @@ ARCHITECTURES = (80, 90)
 HELPERS = ["_histogram_kernel", "_count_kernel", "_fisher_linear_spans_kernel", "_fisher_linears_spans_kernel"]
 KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + HELPERS
 FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_linears_kernel", "_fisher_segments_kernel"]
+PRODUCT_KERNELS = [*FISHER_KERNELS, "_selected_grad_kernel"]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
@@ -109,6 +110,11 @@ def launch_tiles(tiles: Any, dtype: torch.dtype, block_t: int) -> None:
             tiles.choose = lambda layers, tile=tile: tile
             fisher_linears.fisher_linears_([fisher], [x], [x])
     tiles.choose = choose
+    selected_grad, indices = importlib.import_module("sparseft.kernels.selected_grad"), torch.arange(0, 65536, 300)
+    plan, tile = selected_grad.selected_grad_plan(indices, 256, 256), selected_grad.choose_tile(rows, rows)
+    for dy in (rows, rows[:1].expand(128, 256)):  # by descriptors where there are any, by pointers
+        for splits in (1, 2):
+            selected_grad.launch(torch.zeros(219), rows, dy, indices, plan, tile, splits)
     for tile in tiles.available(dtype, True, block_t, selected=True) if block_t > 16 else ():
         fisher_linear.launch(fisher, x, x, weight, tile, scores=weight, selected=fisher == 0)
 
@@ -213,8 +219,8 @@ def aligned(variant: dict[str, Any]) -> bool:
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", FISHER_KERNELS)
-def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
+@pytest.mark.parametrize("kernel", PRODUCT_KERNELS)
+def test_product_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
     wanted, other = ("wgmma", "mma.sync") if architecture >= 90 else ("mma.sync", "wgmma")
     variants = [v for v in variants_of(kernel, architecture) if input_dtype(v) != "fp32"]
     assert {input_dtype(variant) for variant in variants} == {"bf16", "fp16"}
@@ -224,8 +230,8 @@ def test_fisher_of_16_bit_inputs_runs_on_tensor_cores(kernel, architecture):
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("kernel", FISHER_KERNELS)
-def test_fisher_of_fp32_inputs_is_never_rounded_to_tf32(kernel, architecture):
+@pytest.mark.parametrize("kernel", PRODUCT_KERNELS)
+def test_product_of_fp32_inputs_is_never_rounded_to_tf32(kernel, architecture):
     variants = [v for v in variants_of(kernel, architecture) if input_dtype(v) == "fp32"]
     assert variants
     for variant in variants:
@@ -244,6 +250,19 @@ def test_fisher_keeps_loads_in_flight_from_sample_to_sample(kernel, architecture
         assert not aligned(variant) or variant["loads in flight"] > 0, variant
         # one of x and one of dy where the loop begins, for each stage but the last, and in the loop
         assert variant["descriptor loads"] == (2 * variant["variant"]["num_stages"] if by_descriptor else 0), variant
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_selected_grad_keeps_loads_in_flight(architecture):
+    sizes = ("out_features", "in_features", "x_stride", "dy_stride")
+    variants = variants_of("_selected_grad_kernel", architecture)
+    by_descriptor = [v for v in variants if v["variant"]["x_descriptor"].startswith("tensordesc")]
+    by_pointer = [v for v in variants if v not in by_descriptor and all("True" in v["variant"][s] for s in sizes)]
+    assert by_pointer
+    assert all(variant["loads in flight"] > 0 for variant in by_pointer), by_pointer
+    assert bool(by_descriptor) == (architecture >= 90)
+    for variant in by_descriptor:
+        assert variant["descriptor loads"] == 2 * variant["variant"]["num_stages"], variant
 
 
 def test_hopper_loads_aligned_inputs_of_16_bits_by_descriptor():

@@ -1,0 +1,227 @@
+"""selected_grad_ beyond its sample inputs: autograd as the oracle, many blocks, threads, tiles, plans, bad input."""
+
+import importlib
+
+import pytest
+import torch
+
+from sparseft import kernels, ops, testing
+
+sparse = torch.ops.sparseft
+triton_side = importlib.import_module("sparseft.kernels.selected_grad")
+tiles = importlib.import_module("sparseft.kernels.tiles")
+# without a GPU the Triton kernel runs in the interpreter
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+LAUNCHERS = [sparse.selected_grad_, kernels.selected_grad_]
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def restore_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+def sample_of(generator, dtype, tokens, i, o, k):
+    x, dy = (torch.randn(tokens, features, generator=generator).to(dtype) for features in (i, o))
+    indices = testing.random_indices(o * i, k, generator)
+    grad = torch.randn(k, generator=generator)
+    return testing.Sample(f"M{tokens} I{i} O{o} k{k}", (grad, x, dy, indices)).map(lambda t: t.to(DEVICE))
+
+
+def gradient_by_autograd(x, dy, indices):
+    weight = torch.zeros(dy.shape[1], x.shape[1], dtype=torch.float64, device=x.device, requires_grad=True)
+    output = torch.nn.functional.linear(x.double(), weight)
+    (grad,) = torch.autograd.grad(output, weight, dy.double())
+    return grad.flatten()[indices.long()]
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(50, 30, 20, 90), (3, 7, 300, 2100), (130, 300, 70, 1), (65, 17, 33, 0)])
+@pytest.mark.parametrize("function", LAUNCHERS, ids=["dispatcher", "triton"])
+def test_entries_are_those_of_the_gradient_that_autograd_finds(generator, function, dtype, shape):
+    grad, x, dy, indices = sample_of(generator, dtype, *shape).args
+    wanted = grad.double() + gradient_by_autograd(x, dy, indices)
+    function(grad, x, dy, indices)
+    torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(1000, 40, 300, 3000), (257, 300, 40, 3000), (129, 1500, 90, 5000), (3000, 600, 50, 20), (20, 90, 90, 8100)],
+)
+def test_over_many_blocks_and_threads(generator, restore_threads, dtype, shape, threads):
+    torch.set_num_threads(threads)
+    testing.assert_matches_reference("selected_grad_", sparse.selected_grad_, sample_of(generator, dtype, *shape))
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(generator, restore_threads, dtype):
+    sample, results = sample_of(generator, dtype, 600, 200, 1000, 50000), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        results.append(testing.observe("selected_grad_", sparse.selected_grad_, sample)[0])
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_uses_of_a_weight_add_up(generator):
+    """Two halves of the tokens, one after the other, against all of them at once."""
+    grad, x, dy, indices = sample_of(generator, torch.float32, 96, 40, 50, 300).args
+    for function in LAUNCHERS:
+        whole, halves = grad.clone(), grad.clone()
+        function(whole, x, dy, indices)
+        function(halves, x[:40], dy[:40], indices)
+        function(halves, x[40:], dy[40:], indices)
+        torch.testing.assert_close(halves, whole)
+
+
+def test_a_transposed_weight_swaps_the_inputs(generator):
+    """Of transformers' Conv1D: y = x @ weight, weight [I, O]."""
+    x, dy = torch.randn(9, 12, generator=generator), torch.randn(9, 7, generator=generator)
+    indices = testing.random_indices(12 * 7, 30, generator)
+    weight = torch.zeros(12, 7, requires_grad=True)
+    (wanted,) = torch.autograd.grad(x @ weight, weight, dy)
+    grad = torch.zeros(30)
+    sparse.selected_grad_(grad, dy, x, indices)
+    torch.testing.assert_close(grad, wanted.flatten()[indices])
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_what_is_not_selected_is_not_multiplied(generator):
+    """A feature that is infinite reaches the entries in its row or column, and no other."""
+    grad, x, dy, indices = sample_of(generator, torch.float32, 20, 33, 50, 200).args
+    x[3, 5], dy[7, 11] = float("inf"), float("nan")
+    touched = (indices % 33 == 5) | (indices // 33 == 11)
+    for function in LAUNCHERS:
+        result = grad.clone()
+        function(result, x, dy, indices)
+        assert torch.equal(result.isfinite(), ~touched)
+
+
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
+def test_every_tile_and_split_gives_the_same(monkeypatch, generator, dtype, density):
+    """Aligned and not, several panels and groups of tiles, runs longer than what is picked at a time, rows without."""
+    monkeypatch.setattr(tiles, "GROUP_O", 2)
+    for i, o in [(272, 144), (259, 65)]:
+        sample = sample_of(generator, dtype, 130, i, o, int(density * i * o))
+        indices = sample.args[3]
+        plan = triton_side.selected_grad_plan(indices, o, i)
+        small, large = tiles.Tile(64, 256, 16, 8, 3), tiles.Tile(128, 256, 64, 8, 3)
+        for tile in (small,) if dtype == torch.float32 else (small, large):
+            for splits in (1, 2, 3):
+
+                def launch(grad, x, dy, indices, plan=plan, tile=tile, splits=splits):
+                    triton_side.launch(grad, x, dy, indices, plan, tile, splits)
+
+                testing.assert_matches_reference("selected_grad_", launch, sample)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, generator, dtype):
+    sample = sample_of(generator, dtype, 100, 288, 160, 900)
+    by_descriptor = testing.observe("selected_grad_", kernels.selected_grad_, sample)[0]
+    monkeypatch.setattr(tiles, "has_descriptors", lambda x, dy: False)
+    assert torch.equal(testing.observe("selected_grad_", kernels.selected_grad_, sample)[0], by_descriptor)
+
+
+@pytest.mark.parametrize("shape", [(5, 7), (3, 256), (4, 257), (2, 1000), (1, 1)])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_a_plan_says_where_the_run_of_each_row_and_panel_begins(generator, shape, dtype):
+    rows, columns = shape
+    indices = testing.random_indices(rows * columns, (rows * columns + 2) // 3, generator)
+    plan = triton_side.selected_grad_plan(indices.to(dtype), rows, columns)
+    wanted = [0]
+    for row in range(rows):
+        for panel in range(0, columns, triton_side.PANEL):
+            last = min(panel + triton_side.PANEL, columns)
+            wanted.append(
+                wanted[-1] + sum(row * columns + panel <= j < row * columns + last for j in indices.tolist())
+            )
+    assert plan.dtype == torch.int32
+    assert plan.tolist() == wanted
+
+
+def test_a_plan_may_be_kept(generator):
+    sample = sample_of(generator, torch.float32, 70, 300, 65, 500)
+    plan = triton_side.selected_grad_plan(sample.args[3], 65, 300)
+    made_anew = testing.observe("selected_grad_", kernels.selected_grad_, sample)[0]
+    sample.args = (*sample.args, plan)
+    for function in LAUNCHERS:
+        testing.assert_matches_reference("selected_grad_", function, sample)
+    assert torch.equal(testing.observe("selected_grad_", kernels.selected_grad_, sample)[0], made_anew)
+    assert ops.selected_grad_plan(sample.args[3].cpu(), 65, 300) is None
+
+
+def test_the_plan_of_a_weight_of_more_than_2_to_the_31_elements():
+    indices = torch.tensor([0, 2**31 - 1, 2**31, 3 * 2**30, 2**32 - 1])
+    plan = triton_side.selected_grad_plan(indices, 4, 2**30)
+    assert plan.numel() == 4 * 2**22 + 1
+    row_starts = plan[:: 2**22]
+    assert row_starts.tolist() == [0, 1, 2, 3, 5]
+
+
+def test_tokens_are_split_where_tiles_are_few(monkeypatch):
+    monkeypatch.setattr(tiles, "gpu", lambda device: (True, 132))
+
+    def splits(tokens, i, o):
+        x, dy = torch.empty(tokens, i, dtype=torch.bfloat16), torch.empty(tokens, o, dtype=torch.bfloat16)
+        return triton_side.choose_splits(x, dy, triton_side.choose_tile(x, dy))
+
+    assert splits(8192, 4096, 4096) == 1  # 512 tiles: whole rounds anyway
+    assert splits(2048, 768, 3072) == 5  # 72 tiles: 3 rounds of a fifth instead of one
+    assert splits(2048, 768, 768) == 7  # 18 tiles: one round still
+    assert splits(100, 8192, 8192) == 1
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "message"),
+    [
+        (0, torch.zeros(2, dtype=torch.bfloat16), "grad must be float32, got bfloat16"),
+        (0, torch.zeros(3), "grad must have 2 elements, one for each of indices, got 3"),
+        (0, torch.zeros(4)[::2], "grad must be contiguous"),
+        (1, torch.zeros(3, 5, dtype=torch.float64), "x must be float32 or bfloat16 or float16, got float64"),
+        (1, torch.zeros(1, 3, 5), r"x must be \[tokens, features\], got 3"),
+        (2, torch.zeros(4, 4), "dy must have the tokens of x, 3, got 4"),
+        (2, torch.zeros(3, 4).half(), "dy must have the dtype of x, float32, got float16"),
+        (3, torch.tensor([0.0, 1.0]), "indices must be int32 or int64, got float32"),
+        (3, torch.tensor([3, 1]), "indices must be sorted and unique"),
+        (3, torch.tensor([1, 1]), "indices must be sorted and unique"),
+        (3, torch.tensor([[1, 2]]), "indices must be one list"),
+        (3, torch.tensor([0, 20]), "indices must be from 0 to 19, .*got 0 to 20"),
+        (3, torch.tensor([-1, 2]), "indices must be from 0 to 19, .*got -1 to 2"),
+    ],
+)
+def test_bad_arguments_are_named(position, bad, message):
+    arguments = [torch.zeros(2), torch.ones(3, 5), torch.ones(3, 4), torch.tensor([0, 1])]
+    arguments[position] = bad
+    with pytest.raises(ValueError, match=message):
+        sparse.selected_grad_(*arguments)
+    assert not arguments[0].any()
+
+
+@pytest.mark.parametrize(
+    ("position", "bad", "error", "message"),
+    [
+        (0, torch.zeros(2).half(), TypeError, "grad must be float32"),
+        (0, torch.zeros(3), ValueError, "grad must be contiguous"),
+        (1, torch.zeros(3, 5).half(), TypeError, "both be fp32, bf16 or fp16"),
+        (2, torch.zeros(4, 4), ValueError, r"\[M, I\] and \[M, O\]"),
+        (3, torch.tensor([0.0, 1.0]), TypeError, "indices must be int32 or int64"),
+        (4, torch.zeros(4, dtype=torch.int32), ValueError, r"plan must be contiguous int32 \[5\]"),
+    ],
+)
+def test_the_triton_launcher_checks_too(position, bad, error, message):
+    indices = torch.tensor([0, 1])
+    arguments = [torch.zeros(2), torch.ones(3, 5), torch.ones(3, 4), indices, None]
+    arguments[position] = bad
+    with pytest.raises(error, match=message):
+        kernels.selected_grad_(*arguments)
