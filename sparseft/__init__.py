@@ -8,6 +8,7 @@ sparseft.save_delta(model, mask, "delta.safetensors")
 
 import importlib.metadata
 
+from sparseft.compact import CompactGradients, compact_gradients
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
 from sparseft.fisher import FisherScores, estimate_fisher, sample_gradients
 from sparseft.mask import Mask
@@ -18,6 +19,7 @@ __version__ = importlib.metadata.version("sparseft")
 
 __all__ = [
     "AppliedDelta",
+    "CompactGradients",
     "Delta",
     "FisherScores",
     "IRDPath",
@@ -25,6 +27,7 @@ __all__ = [
     "SparseAdamW",
     "SparseLion",
     "SparseSGD",
+    "compact_gradients",
     "estimate_fisher",
     "ird_search",
     "load_delta",

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files
+from sparseft.entries import SelectedEntries, entries_of
 from sparseft.reference import index_dtype
 
 _PREFIX = "indices."
@@ -155,13 +156,21 @@ class Mask(Mapping[str, Tensor]):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer of this package: `selected`, and `dense` if there is any.
 
-        Each holds its parameters and, beside them, their index lists on the parameters' devices.
+        Each holds its parameters and, beside them, their index lists on the parameters' devices. While the model's
+        gradients are compact, `selected` holds the leaves of selected entries in place of parameters and index lists,
+        for an optimizer of any package.
 
         Raises:
             ValueError: the mask is of another model, or a masked parameter is frozen.
         """
         self.check(model)
         parameters = dict(model.named_parameters())
+        dense = {"name": "dense", "params": [parameters[name] for name in self.dense], "indices": None}
+        leaves = {name: entries_of(parameters[name]) for name in self._indices}
+        if any(leaf is not None for leaf in leaves.values()):
+            selected = {"name": "selected", "params": self._checked_leaves(leaves)}
+            del dense["indices"]
+            return [group for group in (selected, dense) if group["params"]]
         frozen = [name for name in (*self._indices, *self.dense) if not parameters[name].requires_grad]
         if frozen:
             raise ValueError(
@@ -173,8 +182,19 @@ class Mask(Mapping[str, Tensor]):
             "params": [parameters[name] for name in self._indices],
             "indices": [index.to(parameters[name].device) for name, index in self._indices.items()],
         }
-        dense = {"name": "dense", "params": [parameters[name] for name in self.dense], "indices": None}
         return [group for group in (selected, dense) if group["params"]]
+
+    def _checked_leaves(self, leaves: Mapping[str, SelectedEntries | None]) -> list[SelectedEntries]:
+        """Return the leaves of parameters with compact gradients, if they are those of this mask's entries."""
+        found = []
+        for name, leaf in leaves.items():
+            if leaf is None or not torch.equal(leaf.positions.cpu(), self._indices[name].cpu()):
+                raise ValueError(
+                    f"the compact gradients that are active are of another mask: {name} has other entries; use the "
+                    "mask that compact_gradients was given"
+                )
+            found.append(leaf)
+        return found
 
     def freeze_rest(self, model: nn.Module) -> None:
         """Set requires_grad=False on parameters with nothing selected: their gradients would be computed for nothing.
@@ -183,7 +203,8 @@ class Mask(Mapping[str, Tensor]):
         """
         self.check(model)
         for name, parameter in model.named_parameters():
-            if name not in self._indices and name not in self.dense:
+            mine = name in self._indices or name in self.dense or isinstance(parameter, SelectedEntries)
+            if not mine:
                 parameter.requires_grad_(False)
 
     def save(self, path: str | os.PathLike[str]) -> None:

@@ -14,17 +14,21 @@ KERNELS = Path(__file__).resolve().parent.parent / "kernels"
 
 # a room -> the rooms of the house it may call; every room may call itself
 MAY_CALL = {
-    "reference_optim": set(),
+    "low_bits": set(),
+    "reference_optim": {"low_bits"},
     "reference": {"reference_optim"},
-    "kernels": {"reference", "reference_optim"},
+    "kernels": {"low_bits", "reference", "reference_optim"},
     "ops": {"reference"},
     "files": {"reference"},
     "products": set(),
-    "mask": {"files", "reference"},
-    "testing": {"ops", "reference"},
-    "fisher": {"ops", "products", "reference", "mask", "files"},
-    "optim": {"ops", "reference", "mask"},
-    "selection": {"fisher", "mask", "ops", "reference"},
+    "entries": set(),
+    "mask": {"entries", "files", "reference"},
+    "compact": {"entries", "mask", "ops", "products"},
+    "testing_optim": set(),
+    "testing": {"ops", "reference", "testing_optim"},
+    "fisher": {"entries", "ops", "products", "reference", "mask", "files"},
+    "optim": {"entries", "ops", "reference", "mask"},
+    "selection": {"entries", "fisher", "mask", "ops", "reference"},
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},
 }

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from torch import Tensor, nn
 
+from sparseft.entries import check_no_entries
 from sparseft.mask import aliases
 
 
@@ -17,6 +18,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 def scored_parameters(model: nn.Module, names: Iterable[str] | None) -> dict[str, Tensor]:
     """Return the parameters to score, in the model's order; tied ones once, under their first name."""
+    check_no_entries(model)
     first: dict[str, Tensor] = dict(model.named_parameters())
     if names is None:
         chosen = {name: p for name, p in first.items() if p.requires_grad}

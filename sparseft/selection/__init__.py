@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
+from sparseft.entries import check_no_entries
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
 from sparseft.selection import fish, ird, magnitude, random, sift
 from sparseft.selection.ird import IRDPath
@@ -152,8 +153,10 @@ def selectable(
     """Return the names of the parameters to select from, and of those that train whole.
 
     Raises:
+        RuntimeError: the model's gradients are compact.
         ValueError: a pattern matches nothing, or no parameter is left.
     """
+    check_no_entries(model)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     if not trainable:
         raise ValueError("the model has no parameter with requires_grad=True; unfreeze what may be selected")

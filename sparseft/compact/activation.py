@@ -1,0 +1,155 @@
+"""Turning compact gradients on and off: what is changed in a model, and how it is put back."""
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+
+import torch
+from torch import nn
+
+from sparseft.compact import stepping
+from sparseft.compact.changes import freeze, leaves_registered, made_compact
+from sparseft.compact.selection import Selection
+from sparseft.entries import SelectedEntries, entries_of
+from sparseft.mask import Mask
+
+_FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def compact_gradients(model: nn.Module, mask: Mask) -> CompactGradients:
+    """Return a context in which backward computes the gradients of a mask's entries, and no dense weight gradient.
+
+    Inside, each selected parameter is frozen, and has a leaf of its selected entries instead: an fp32 parameter of k
+    values, registered with the model, whose gradient has k values too. `mask.param_groups(model)` gives these leaves
+    to any torch optimizer; `model.parameters()` has them for clipping, DDP and logging. After an optimizer's step the
+    model's weights have what the leaves have. `state_dict()` does not show them.
+
+    Linear layers, transformers' Conv1D and embeddings compute no more than what is selected. For other parameters one
+    dense gradient at a time is made, gathered and freed. What the mask leaves out is frozen. On leaving, the model is
+    as before but for its weights; entered again, the context has the same leaves, so that an optimizer goes on.
+
+    Args:
+        model: fp32, bf16 or fp16; already on its device, not yet wrapped by DDP or compiled.
+        mask: what trains; parameters in `mask.dense` train whole, as they would without this.
+
+    Raises:
+        RuntimeError: compact gradients of another mask are active, or parameters share memory unexpectedly.
+        TypeError: a selected parameter is of a dtype or class that is not served, as quantised ones are.
+        ValueError: the mask is of another model, or selects nothing.
+    """
+    return CompactGradients(model, mask)
+
+
+class CompactGradients:
+    """A model whose gradients are compact while the context is entered; made by `compact_gradients`.
+
+    Attributes:
+        entries: parameter name -> its leaf; empty before the context is entered for the first time.
+    """
+
+    def __init__(self, model: nn.Module, mask: Mask) -> None:
+        _check_model(model, mask)
+        self.entries: dict[str, SelectedEntries] = {}
+        self._model, self._mask = model, mask
+        self._entered = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> CompactGradients:
+        if self._entered == 0:
+            self._activate()
+        self._entered += 1
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._entered -= 1
+        if self._entered == 0:
+            self._undo.close()
+
+    def _activate(self) -> None:
+        _check_model(self._model, self._mask)
+        parameters = {name: p for name, p in self._model.named_parameters() if name in self._mask}
+        outer = _active.get(self._model)
+        if outer is not None:
+            if outer._mask != self._mask:
+                raise RuntimeError(
+                    f"compact gradients of another mask are active, {outer._mask}, got {self._mask}; leave that "
+                    "context first"
+                )
+            self.entries = outer.entries
+            return
+        _check_parameters(self._model, parameters, self.entries)
+        with contextlib.ExitStack() as undo:
+            for name, parameter in parameters.items():
+                if name in self.entries:
+                    stepping.refresh([self.entries[name]])
+                else:
+                    self.entries[name] = SelectedEntries(parameter, self._mask[name].to(parameter.device))
+            required = freeze(self._model, undo, but=self._mask.dense)
+            for name, parameter in parameters.items():
+                selection = Selection.of(parameter, self.entries[name], required[name])
+                undo.enter_context(made_compact(parameter, selection))
+            undo.enter_context(leaves_registered(self._model, self.entries, required))
+            undo.enter_context(stepping.following(self._model, self.entries))
+            undo.enter_context(_registered(self))
+            self._undo = undo.pop_all()
+
+
+_active: weakref.WeakKeyDictionary[nn.Module, CompactGradients] = weakref.WeakKeyDictionary()
+
+
+@contextlib.contextmanager
+def _registered(compact: CompactGradients) -> Iterator[None]:
+    _active[compact._model] = compact
+    yield
+    del _active[compact._model]
+
+
+def _check_model(model: nn.Module, mask: Mask) -> None:
+    """Raise unless the mask is the model's and selects something, and the model is not wrapped."""
+    if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
+        raise TypeError(
+            f"model must not be wrapped yet, got {type(model).__name__}; enter the context with the model inside, "
+            "then wrap it"
+        )
+    mask.check(model)
+    if not len(mask):
+        raise ValueError("the mask selects no entries: there is nothing to compute compact gradients for")
+
+
+def _check_parameters(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], entries: Mapping[str, SelectedEntries]
+) -> None:
+    """Raise unless every selected parameter is of a kind that is served, and has its memory for itself."""
+    owners: dict[int, str] = {}
+    for name, parameter in model.named_parameters():
+        # of storages without memory (meta tensors) nothing can be said
+        address = parameter.untyped_storage().data_ptr() if parameter.device.type != "meta" else 0
+        other = owners.setdefault(address, name) if address else name
+        if other != name and (name in parameters or other in parameters):
+            raise RuntimeError(
+                f"{name} and {other} share memory but are two parameters; tie them, or give one a copy of its own"
+            )
+    for name, parameter in parameters.items():
+        if entries_of(parameter) is not None:
+            raise RuntimeError(f"compact gradients of {name} are active in another model; leave that context first")
+        if type(parameter) is not nn.Parameter:
+            raise TypeError(
+                f"{name} must be a plain parameter, got {type(parameter).__name__}; quantised and sharded weights "
+                "have no compact gradients: leave them out of the mask"
+            )
+        if parameter.dtype not in _FLOATS or not parameter.is_contiguous():
+            raise TypeError(
+                f"{name} must be contiguous and fp32, bf16 or fp16, got {parameter.dtype} {parameter.stride()}; "
+                "leave it out of the mask"
+            )
+        if not parameter.requires_grad:
+            raise ValueError(
+                f"{name} has selected entries but is frozen (requires_grad=False); unfreeze it or select again"
+            )
+        if name in entries and entries[name].dense is not parameter:
+            raise RuntimeError(f"{name} is another parameter than before; make a new context with compact_gradients")

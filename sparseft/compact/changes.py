@@ -1,0 +1,114 @@
+"""What is changed in a model while its gradients are compact: each change a context that takes itself back."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparseft.compact.parameter import CompactParameter
+from sparseft.compact.selection import Selection
+from sparseft.entries import SelectedEntries
+
+_PREFIX = "selected/"  # of the leaves' names: they have no dots, and no other parameter's name has a slash
+
+
+def freeze(model: nn.Module, undo: contextlib.ExitStack, but: Collection[str]) -> dict[str, bool]:
+    """Freeze every parameter but those named, and put their gradients aside; return which required one before."""
+    required = {name: p.requires_grad for name, p in model.named_parameters()}
+    for name, parameter in model.named_parameters():
+        if name not in but:
+            undo.callback(_put_back, parameter, parameter.requires_grad, parameter.grad)
+            parameter.grad = None
+            parameter.requires_grad_(False)
+    return required
+
+
+def _put_back(parameter: nn.Parameter, required: bool, grad: torch.Tensor | None) -> None:
+    parameter.requires_grad_(required)
+    parameter.grad = grad
+
+
+@contextlib.contextmanager
+def made_compact(parameter: nn.Parameter, selection: Selection) -> Iterator[None]:
+    """Pass the parameter's gradients to its leaf."""
+    parameter.__class__ = CompactParameter
+    parameter.selection = selection  # type: ignore[attr-defined]
+    parameter.selected_entries = selection.entries  # type: ignore[attr-defined]
+    try:
+        yield
+    finally:
+        del parameter.selection, parameter.selected_entries  # type: ignore[attr-defined]
+        parameter.__class__ = nn.Parameter
+
+
+@contextlib.contextmanager
+def leaves_registered(
+    model: nn.Module, entries: Mapping[str, SelectedEntries], required: Mapping[str, bool]
+) -> Iterator[None]:
+    """Register the leaves as parameters of the model, which files and copies of it do not have."""
+    names = {_PREFIX + name.replace(".", "/"): leaf for name, leaf in entries.items()}
+    for name, leaf in names.items():
+        model.register_parameter(name, leaf)
+    handles = [
+        model.register_state_dict_post_hook(_hide),
+        model.register_load_state_dict_pre_hook(_keep),
+    ]
+    model.__deepcopy__ = _Copier(model, dict(required))  # type: ignore[assignment, operator, unused-ignore]
+    try:
+        yield
+    finally:
+        del model.__deepcopy__
+        for handle in handles:
+            handle.remove()
+        for name in names:
+            del model._parameters[name]
+
+
+def _leaves(module: nn.Module) -> dict[str, SelectedEntries]:
+    return {name: p for name, p in module._parameters.items() if isinstance(p, SelectedEntries)}
+
+
+def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for name in _leaves(module):
+        state_dict.pop(prefix + name, None)
+
+
+def _keep(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Have a module load the leaves it has; they follow its weights at the next step."""
+    for name, leaf in _leaves(module).items():
+        state_dict[prefix + name] = leaf.detach()
+
+
+class _Copier:
+    """Deep copies a model as it was before: without leaves, nothing frozen.
+
+    A model has it as its `__deepcopy__`, which is where `copy.deepcopy` looks.
+    """
+
+    def __init__(self, model: nn.Module, required: dict[str, bool]) -> None:
+        self._model, self._required = model, required
+
+    def __call__(self, memo: dict[int, Any]) -> nn.Module:
+        model, leaves = self._model, _leaves(self._model)
+        try:
+            del model.__deepcopy__
+            for name in leaves:
+                del model._parameters[name]
+            copied = copy.deepcopy(model, memo)
+        finally:
+            model.__deepcopy__ = self  # type: ignore[assignment, operator, unused-ignore]
+            model._parameters.update(leaves)
+        for name, parameter in copied.named_parameters():
+            parameter.requires_grad_(self._required[name])
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise RuntimeError(
+            "a model whose gradients are compact cannot be pickled; save its state_dict(), a copy.deepcopy of it, or "
+            "leave compact_gradients first"
+        )

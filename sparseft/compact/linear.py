@@ -1,0 +1,105 @@
+"""Linear layers: the weight gradient at the selected entries alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.compact.selection import Selection
+from sparseft.entries import entries_of
+from sparseft.products import linear
+
+
+class _Linear(torch.autograd.Function):
+    """y = x @ weight.T + bias, or x @ weight + bias for a weight [I, O]; the leaf gets the weight's gradient.
+
+    indices: of the entries in the weight, or in those of its lines that meet the columns `kept` of x.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        entries: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        transposed: bool,
+        indices: Tensor,
+        kept: Tensor | None,
+    ) -> Tensor:
+        needed = x if kept is None else x.index_select(-1, kept)
+        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices)
+        ctx.transposed, ctx.dtype = transposed, x.dtype
+        matrix = weight.to(x.dtype)
+        return linear(x, matrix.T if transposed else matrix, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, indices = ctx.saved_tensors
+        grad = dx = bias_grad = None
+        if ctx.needs_input_grad[1]:
+            matrix = weight.to(ctx.dtype)
+            dx = linear(dy, matrix if ctx.transposed else matrix.T)
+        dy_rows = dy.reshape(-1, dy.shape[-1])
+        if x is not None:
+            x_rows = x.reshape(-1, x.shape[-1])
+            grad = torch.zeros(indices.shape, dtype=torch.float32, device=dy.device)
+            left, right = (x_rows, dy_rows) if ctx.transposed else (dy_rows, x_rows)
+            torch.ops.sparseft.selected_grad_(grad, right, left, indices)
+        if ctx.needs_input_grad[3]:
+            bias_grad = dy_rows.sum(0)
+        return grad, dx, None, bias_grad, None, None, None
+
+
+def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
+    selection: Selection | None = getattr(weight, "selection", None)
+    if selection is None or weight.dim() != 2 or entries_of(x) is not None:
+        return None
+    autocast = _autocast_dtype(x)
+    if autocast is None and x.dtype != weight.dtype:
+        return None
+    if bias is not None and entries_of(bias) is not None:
+        bias = bias.selection.tied(bias)  # type: ignore[attr-defined]
+    if autocast:
+        x, bias = x.to(autocast), None if bias is None else bias.to(autocast)
+    lines = selection.few_rows if transposed else selection.few_columns
+    indices, kept = (selection.entries.positions, None) if lines is None else (lines.indices, lines.numbers)
+    y: Tensor = _Linear.apply(selection.entries, x, weight, bias, transposed, indices, kept)  # type: ignore[no-untyped-call]
+    return y
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor | None:
+    return _compact_linear(input, weight, bias, transposed=False)
+
+
+def _addmm(input: Tensor, mat1: Tensor, mat2: Tensor, **scales: Any) -> Tensor | None:
+    """torch.addmm as transformers' Conv1D calls it."""
+    if scales or input.dim() != 1 or entries_of(mat1) is not None:
+        return None
+    return _compact_linear(mat1, mat2, input, transposed=True)
+
+
+def _matmul(input: Tensor, other: Tensor, **options: Any) -> Tensor | None:
+    if options or entries_of(other) is None:
+        return None
+    return _compact_linear(input, other, None, transposed=True)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """Return the dtype in which autocast multiplies x; None where it is off."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
+
+
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {
+    F.linear: _linear,
+    torch.addmm: _addmm,
+    **dict.fromkeys((torch.matmul, Tensor.matmul, Tensor.__matmul__), _matmul),
+}

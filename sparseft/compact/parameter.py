@@ -1,0 +1,84 @@
+"""A parameter whose gradient exists at its selected entries only."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.compact import embedding, linear
+from sparseft.compact.selection import Selection
+from sparseft.entries import SelectedEntries
+
+# operations that compute no more of the gradient than they must; all others take the dense one of one tensor
+RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {**linear.RULES, **embedding.RULES}
+
+
+def _about_tensors() -> Iterator[Callable[..., Any]]:
+    """Yield the functions that are about a tensor itself and not its values, and those that change it in place."""
+    named = set(
+        "__len__ __repr__ __format__ __hash__ detach register_hook register_post_accumulate_grad_hook size dim "
+        "ndimension numel nelement stride storage_offset element_size data_ptr untyped_storage get_device".split()
+    )
+    for name in dir(Tensor):
+        attribute = getattr(Tensor, name)
+        if name in named or name.startswith(("is_", "_is_")) or (name.endswith("_") and not name.endswith("__")):
+            yield attribute
+        # properties arrive as one of their methods; some are views of the values
+        if inspect.isdatadescriptor(attribute) and name not in ("T", "mT", "H", "mH", "real", "imag"):
+            yield from (getattr(attribute, way) for way in ("__get__", "__set__", "__delete__"))
+
+
+_PLAIN = frozenset(_about_tensors())
+
+
+class CompactParameter(nn.Parameter):
+    """A parameter while its gradients are compact: operations on it pass gradients to a leaf of its selected entries.
+
+    An instance is an ordinary parameter whose class was changed, so that everybody who holds it sees the change, and
+    changes back. It is frozen itself.
+    """
+
+    selection: Selection
+    selected_entries: SelectedEntries
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        with torch._C.DisableTorchFunctionSubclass():
+            if torch.is_grad_enabled():
+                rule = RULES.get(func)
+                result = None if rule is None else rule(*args, **kwargs)
+                if result is not None:
+                    return result
+                # a graph drops what is tied for nothing, and cannot look up such functions
+                if torch.compiler.is_dynamo_compiling() or func not in _PLAIN:
+                    args, kwargs = _tied(args), _tied(kwargs)
+            return func(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """Copy the parameter as it was before, gradients and all."""
+        if id(self) not in memo:
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.selection.required_grad)
+        copied: nn.Parameter = memo[id(self)]
+        return copied
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.detach(), self.selection.required_grad).__reduce_ex__(protocol)
+
+
+def _tied(value: Any) -> Any:
+    """Return arguments, with every compact parameter replaced by a tensor whose gradient reaches the leaf."""
+    if isinstance(value, CompactParameter):
+        return value.selection.tied(value)
+    if isinstance(value, (list, tuple)):
+        items = [_tied(item) for item in value]
+        return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
+    if type(value) is dict:
+        return {key: _tied(item) for key, item in value.items()}
+    return value

@@ -1,0 +1,435 @@
+"""Compact gradients and the world around them: optimizers, clipping, scaling, files, copies; and bad input."""
+
+import contextlib
+import copy
+import pickle
+
+import models
+import pytest
+import torch
+from models import one_thread  # noqa: F401
+from torch import nn
+from torch.optim import optimizer as torch_optimizer
+
+import sparseft
+from sparseft.compact import linear as compact_linear
+from sparseft.compact import parameter as compact_parameter
+from sparseft.entries import SelectedEntries
+from sparseft.mask import Mask
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 24), nn.Tanh(), nn.LayerNorm(24), nn.Linear(24, 4)).to(dtype)
+
+
+def mask_of(model, density=0.2, seed=0, **options):
+    return sparseft.select("random", model, density=density, seed=seed, **options)
+
+
+def inputs(seed=0, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(10, 12, generator=generator).to(dtype)
+
+
+OPTIMIZERS = {
+    "SparseAdamW": lambda groups: sparseft.SparseAdamW(groups, lr=1e-2, weight_decay=0.1),
+    "SparseSGD": lambda groups: sparseft.SparseSGD(groups, lr=1e-2, momentum=0.9, nesterov=True),
+    "SparseLion": lambda groups: sparseft.SparseLion(groups, lr=1e-3, weight_decay=0.1),
+    "AdamW, fused": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, fused=True),
+    "AdamW, foreach": lambda groups: torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1, foreach=True),
+    "SGD": lambda groups: torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+    "Adafactor": lambda groups: torch.optim.Adafactor(groups, lr=1e-2),
+}
+
+
+@pytest.fixture(params=OPTIMIZERS)
+def make_optimizer(request):
+    return OPTIMIZERS[request.param]
+
+
+@pytest.fixture
+def reference_arithmetic(monkeypatch):
+    """Products as torch's own linear layers make them: a dense one, of which the selected entries are taken."""
+
+    def selected_grad_(grad, x, dy, indices, plan=None):
+        grad += (dy.T @ x).reshape(-1)[indices.long()]
+
+    monkeypatch.setattr(compact_linear.torch.ops.sparseft, "selected_grad_", selected_grad_)
+    monkeypatch.setattr("sparseft.products.prefer_onednn", lambda: False)
+
+
+@pytest.mark.parametrize("arithmetic", ["reference", "fast"])
+def test_fifty_steps_equal_those_with_dense_gradients(make_optimizer, arithmetic, request):
+    """With accumulation, clipping and a schedule, on a BERT: the same weights at the end."""
+    if arithmetic == "reference":
+        request.getfixturevalue("reference_arithmetic")
+    compact = models.make("bert").eval()
+    # a key's bias has no gradient but rounding, which AdamW makes steps of
+    mask = mask_of(compact, 0.05, dense=("classifier.*",), exclude=["*.key.bias"])
+    dense = copy.deepcopy(compact)
+
+    def steps(model, optimizer, clipped, after_backward):
+        schedule = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, 1.0, 20)
+        for step in range(50):
+            for part in range(2):
+                (model(**models.batch("bert", seed=2 * step + part)).loss / 2).backward()
+            after_backward()
+            torch.nn.utils.clip_grad_norm_(clipped, 0.5)
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad()
+            model.zero_grad()
+
+    with sparseft.compact_gradients(compact, mask):
+        optimizer = make_optimizer(mask.param_groups(compact))
+        steps(compact, optimizer, list(compact.parameters()), lambda: None)
+
+    # the oracle: ordinary gradients, gathered; the optimizer works on vectors, which are then put into the weights
+    weights = dict(dense.named_parameters())
+    for name, weight in weights.items():
+        weight.requires_grad_(name in mask or name in mask.dense)
+    vectors = {name: nn.Parameter(weights[name].detach().view(-1)[mask[name].long()].clone()) for name in mask}
+    wholes = [weights[name] for name in mask.dense]
+
+    def gathered():
+        for name, vector in vectors.items():
+            grad = weights[name].grad
+            vector.grad = None if grad is None else grad.view(-1)[mask[name].long()]
+
+    optimizer = make_optimizer([{"params": list(vectors.values())}, {"params": wholes}])
+
+    @torch.no_grad()
+    def scattered(*args):
+        for name, vector in vectors.items():
+            weights[name].view(-1)[mask[name].long()] = vector
+
+    optimizer.register_step_post_hook(scattered)
+    steps(dense, optimizer, [*vectors.values(), *wholes], gathered)
+    moved = 0.0
+    base = dict(models.make("bert").named_parameters())
+    for name, weight in dense.named_parameters():
+        got = dict(compact.named_parameters())[name]
+        moved = max(moved, float((weight - base[name]).abs().max()))
+        if arithmetic == "reference":
+            assert torch.equal(got, weight), name
+        else:
+            torch.testing.assert_close(got, weight, rtol=1e-3, atol=2e-4)
+    assert moved > 1e-3
+
+
+def test_nothing_outside_the_mask_moves_and_leaves_follow(make_optimizer):
+    model = net()
+    mask, before = mask_of(model), copy.deepcopy(model.state_dict())
+    with sparseft.compact_gradients(model, mask) as compact:
+        optimizer = make_optimizer(mask.param_groups(model))
+        for step in range(3):
+            model(inputs(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, leaf in compact.entries.items():
+            weight = model.get_parameter(name).detach().reshape(-1)
+            assert torch.equal(weight[mask[name].long()], leaf.detach())
+    for name, weight in model.state_dict().items():
+        changed = (weight != before[name]).reshape(-1).nonzero()[:, 0]
+        assert set(changed.tolist()) <= set(mask[name].tolist() if name in mask else [])
+        assert len(changed) or name not in mask
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_leaves_are_the_master_copy_of_low_precision_weights(make_optimizer, dtype):
+    """Steps too small to show in the weights add up in the leaves."""
+    model = net(dtype)
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask) as compact:
+        optimizer = make_optimizer(mask.param_groups(model))
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-5
+        for _ in range(20):
+            (model(inputs(dtype=dtype)).float().sum() * 100).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        for name, leaf in compact.entries.items():
+            weight = model.get_parameter(name).detach().reshape(-1)[mask[name].long()]
+            assert torch.equal(weight, leaf.detach().to(dtype))
+            assert not torch.equal(weight.float(), leaf.detach()), "the leaf has no more digits than the weight"
+
+
+def test_weights_changed_from_outside_win(make_optimizer, tmp_path):
+    model = net()
+    mask = mask_of(model)
+    sparseft.save_delta(model, mask, tmp_path / "base.safetensors")
+    saved = copy.deepcopy(model.state_dict())
+    with sparseft.compact_gradients(model, mask) as compact:
+        optimizer = make_optimizer(mask.param_groups(model))
+        for _ in range(2):
+            model(inputs()).square().mean().backward()
+            optimizer.step()
+        model.load_state_dict(saved)
+        optimizer.zero_grad()
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0
+        model(inputs()).square().mean().backward()
+        optimizer.step()
+        for name, leaf in compact.entries.items():
+            torch.testing.assert_close(leaf.detach(), saved[name].reshape(-1)[mask[name].long()], rtol=1e-6, atol=1e-7)
+
+
+def test_grad_scaler():
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask) as compact:
+        optimizer = torch.optim.AdamW(mask.param_groups(model), lr=1e-2)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        scaler.scale(model(inputs()).square().mean()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        before = copy.deepcopy(model.state_dict())
+        scaler.scale(model(inputs() * float("inf")).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert scaler.get_scale() == 512.0
+        assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+        assert compact.entries.keys() == mask.keys()
+
+
+def test_files_and_copies_do_not_know_of_it(tmp_path):
+    model = nn.ModuleDict({"inner": net()})
+    inner = model["inner"]
+    mask = mask_of(inner)
+    keys = list(model.state_dict())
+    with sparseft.compact_gradients(inner, mask):
+        assert list(model.state_dict()) == keys
+        model.load_state_dict(model.state_dict())
+        sparseft.save_delta(inner, mask, tmp_path / "delta.safetensors")
+        copied = copy.deepcopy(model)
+        with pytest.raises(RuntimeError, match="cannot be pickled; save its state_dict"):
+            pickle.dumps(model)
+        assert any(isinstance(p, SelectedEntries) for p in model.parameters())
+    assert [name for name, _ in copied.named_parameters()] == keys
+    assert all(type(p) is nn.Parameter and p.requires_grad for p in copied.parameters())
+    copied["inner"](inputs()).sum().backward()
+    assert all(p.grad is not None for p in copied.parameters())
+    assert [name for name, _ in model.named_parameters()] == keys
+    pickle.dumps(model)
+
+
+def test_everything_is_put_back():
+    model = net()
+    mask = mask_of(model)
+    model[3].bias.requires_grad_(False)
+    mask = Mask({k: v for k, v in mask.items() if k != "3.bias"}, mask.shapes)
+    model(inputs()).sum().backward()
+    before = {name: (id(p), type(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    attributes = set(model.__dict__)
+    with contextlib.suppress(ZeroDivisionError), sparseft.compact_gradients(model, mask):
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == [
+            "selected/" + name.replace(".", "/") for name in mask
+        ]
+        assert all(p.grad is None for p in model.parameters())
+        model(inputs()).sum().backward()
+        raise ZeroDivisionError
+    after = {name: (id(p), type(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
+    assert before == after
+    assert set(model.__dict__) == attributes
+    assert not model._state_dict_hooks
+    assert not model._load_state_dict_pre_hooks
+    assert not torch_optimizer._global_optimizer_pre_hooks
+    assert not torch_optimizer._global_optimizer_post_hooks
+
+
+def test_an_optimizer_goes_on_when_the_context_is_entered_again(make_optimizer):
+    def train(model, compact, mask, optimizer, steps):
+        for step in steps:
+            model(inputs(step)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    once, twice = net(), net()
+    mask = mask_of(once)
+    with sparseft.compact_gradients(once, mask) as compact:
+        train(once, compact, mask, make_optimizer(mask.param_groups(once)), range(6))
+    compact = sparseft.compact_gradients(twice, mask)
+    with compact:
+        optimizer = make_optimizer(mask.param_groups(twice))
+        train(twice, compact, mask, optimizer, range(3))
+    twice(inputs()).sum().backward()
+    twice.zero_grad()
+    with compact:
+        train(twice, compact, mask, optimizer, range(3, 6))
+    for a, b in zip(once.parameters(), twice.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_nested():
+    model = net()
+    mask, other = mask_of(model), mask_of(model, seed=1)
+    with sparseft.compact_gradients(model, mask) as outer:
+        with outer, sparseft.compact_gradients(model, mask) as inner:
+            assert inner.entries == outer.entries
+        model(inputs()).sum().backward()
+        assert all(leaf.grad is not None for leaf in outer.entries.values())
+        with pytest.raises(RuntimeError, match="another mask are active"):
+            sparseft.compact_gradients(model, other).__enter__()
+        with pytest.raises(ValueError, match="are of another mask"):
+            other.param_groups(model)
+        with pytest.raises(RuntimeError, match="active in another model"):
+            sparseft.compact_gradients(nn.Sequential(model), wrapped(mask)).__enter__()
+    assert all(type(p) is nn.Parameter for p in model.parameters())
+
+
+def wrapped(mask):
+    return Mask({f"0.{k}": v for k, v in mask.items()}, {f"0.{k}": v for k, v in mask.shapes.items()})
+
+
+def test_generate_between_steps():
+    model = models.make("gpt2")
+    mask = mask_of(model)
+    batch = models.batch("gpt2")
+    with sparseft.compact_gradients(model, mask):
+        optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=0.1)
+        for _ in range(2):
+            model.train()
+            model(**batch).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            model.eval()
+            inside = model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False)
+    assert torch.equal(model.generate(batch["input_ids"], max_new_tokens=4, do_sample=False), inside)
+
+
+def test_a_copied_optimizer_is_not_tied_to_the_model():
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask):
+        optimizer = torch.optim.AdamW(mask.param_groups(model), lr=0.1)
+        model(inputs()).sum().backward()
+        optimizer.step()
+        before = copy.deepcopy(model.state_dict())
+        copied = copy.deepcopy(optimizer)
+        for group in copied.param_groups:
+            for p in group["params"]:
+                p.grad = torch.ones_like(p)
+        copied.step()
+        assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+
+
+# what must be refused at the next step, and the part of the error that tells it
+CHANGES = {
+    "replaced": "0.weight was replaced while",
+    "resized": "moved, resized or converted",
+    "converted": "moved, resized or converted",
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_changed_inside_is_refused_before_the_step(make_optimizer, change):
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask):
+        optimizer = make_optimizer(mask.param_groups(model))
+        model(inputs()).sum().backward()
+        old = model[0]
+        if change == "replaced":
+            model[0] = nn.Linear(12, 24)
+        elif change == "resized":
+            old.weight.data = torch.zeros(30, 12)
+        else:
+            old.weight.data = old.weight.data.double()
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=CHANGES[change]):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+    assert type(old.weight) is nn.Parameter
+
+
+class Special(nn.Parameter):
+    pass
+
+
+def shared_memory():
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = nn.Parameter(model[0].weight.detach()[:, :])
+    return model, RuntimeError, "0.weight and 1.weight share memory|1.weight and 0.weight share memory"
+
+
+def special_class():
+    model = nn.Linear(6, 6)
+    model.weight = Special(torch.randn(6, 6))
+    return model, TypeError, "weight must be a plain parameter, got Special; quantised and sharded"
+
+
+def fp64():
+    return nn.Linear(6, 6).double(), TypeError, "must be contiguous and fp32, bf16 or fp16, got torch.float64"
+
+
+def strided():
+    model = nn.Linear(6, 5)
+    model.weight = nn.Parameter(torch.randn(6, 5).T)
+    return model, TypeError, "must be contiguous"
+
+
+def frozen():
+    model = nn.Linear(6, 6)
+    model.weight.requires_grad_(False)
+    return model, ValueError, "weight has selected entries but is frozen"
+
+
+@pytest.mark.parametrize("make", [shared_memory, special_class, fp64, strided, frozen])
+def test_what_cannot_be_served_is_refused_and_left_alone(make):
+    model, kind, message = make()
+    shapes = {name: p.shape for name, p in model.named_parameters()}
+    mask = Mask({name: torch.tensor([0, 3]) for name in shapes if "weight" in name}, shapes)
+    before = {name: (id(p), type(p), p.requires_grad) for name, p in model.named_parameters()}
+    with pytest.raises(kind, match=message):
+        sparseft.compact_gradients(model, mask).__enter__()
+    assert before == {name: (id(p), type(p), p.requires_grad) for name, p in model.named_parameters()}
+
+
+def test_masks_that_do_not_fit():
+    model = net()
+    with pytest.raises(ValueError, match="the mask is of another model"):
+        sparseft.compact_gradients(model, mask_of(nn.Linear(3, 3)))
+    with pytest.raises(ValueError, match="selects no entries"):
+        sparseft.compact_gradients(model, Mask({}, {name: p.shape for name, p in model.named_parameters()}))
+    with pytest.raises(TypeError, match="must not be wrapped yet, got DataParallel"):
+        sparseft.compact_gradients(nn.DataParallel(model), mask_of(model))
+
+
+def test_an_embedding_that_renormalises_is_refused():
+    model = nn.Embedding(10, 4, max_norm=1.0)
+    mask = mask_of(model)
+    with pytest.raises(ValueError, match="max_norm"), sparseft.compact_gradients(model, mask):
+        model(torch.tensor([1, 2]))
+
+
+def test_selection_wants_the_dense_parameters():
+    model = net()
+    mask = mask_of(model)
+    data = [{"x": inputs()}]
+    with sparseft.compact_gradients(model, mask):
+        with pytest.raises(RuntimeError, match="leave compact_gradients first"):
+            sparseft.estimate_fisher(model, data, loss=lambda model, batch: model(batch["x"]).square().mean(1))
+        with pytest.raises(RuntimeError, match="leave compact_gradients first"):
+            mask_of(model)
+
+
+def test_access_is_to_the_parameter_itself():
+    model = net()
+    weight, mask = model[0].weight, mask_of(model)
+    with sparseft.compact_gradients(model, mask):
+        assert isinstance(weight, compact_parameter.CompactParameter)
+        assert isinstance(weight, nn.Parameter)
+        assert weight.shape == (24, 12)
+        assert weight.grad is None
+        assert not weight.requires_grad
+        assert weight.is_leaf
+        assert weight.detach().data_ptr() == weight.data_ptr()
+        assert not weight.detach().requires_grad
+        assert (weight * 1).requires_grad
+        assert "Parameter" in repr(weight)
+        with torch.no_grad():
+            weight.mul_(2)
+            assert not (weight * 1).requires_grad
