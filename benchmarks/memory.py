@@ -8,6 +8,7 @@ A process of its own for each: the allocator keeps what earlier work freed, whic
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import functools
 import sys
@@ -16,7 +17,9 @@ from typing import Any
 
 import peers
 import torch
+import training_steps
 import workloads
+from torch import nn
 
 from sparseft.integrations.measure import peak_memory, reset_peak_memory
 
@@ -32,8 +35,10 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
         run = SELECTIONS[workload]
         few, many = workloads.scores(device, 2, 100), workloads.scores(device)
         return lambda: run(few, 10), lambda: run(many, workloads.K)
-    name, batches, samples, tokens = details
+    name, batches, samples, tokens, *density = details
     model = workloads.MODELS[name](device)
+    if workload in training_steps.STEPS:
+        return _steps(workload, model, device, name, int(samples), int(tokens), *map(float, density))
     if workload in peers.PEERS:
         run = peers.PEERS[workload](model)
     else:
@@ -41,6 +46,21 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
     small = workloads.batches(name, device, 1, 2, 8)
     full = workloads.batches(name, device, int(batches), int(samples), int(tokens))
     return lambda: (run(small), model.zero_grad()), lambda: run(full)
+
+
+def _steps(
+    workload: str, model: nn.Module, device: str, name: str, samples: int, tokens: int, density: float
+) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    """Return the same for training steps: what is prepared for them counts too."""
+    prepare_steps = training_steps.STEPS[workload]
+    (small,), (full,) = (workloads.batches(name, device, 1, n, t) for n, t in ((2, 8), (samples, tokens)))
+
+    def measured() -> None:
+        step = prepare_steps(model.train(), density)
+        step(full)
+        step(full)
+
+    return lambda: prepare_steps(copy.deepcopy(model).train(), density)(small), measured
 
 
 def settle() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 
 import torch
@@ -31,24 +32,46 @@ def encoder(device: str) -> nn.Module:
     return BertForSequenceClassification(config).to(device).eval()
 
 
-def decoder(device: str, width: int = 2048, layers: int = 24) -> nn.Module:
-    """Return a Llama, 1.36 B random bf16 weights."""
+def decoder(device: str, dtype: torch.dtype = torch.bfloat16, **sizes: int) -> nn.Module:
+    """Return a Llama of random weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    config = LlamaConfig(
-        hidden_size=width,
-        intermediate_size=11 * width // 4,
-        num_hidden_layers=layers,
-        num_attention_heads=width // 128,
-        vocab_size=32000,
-        pad_token_id=0,
-    )
     with torch.device(device):
-        return LlamaForCausalLM(config).to(torch.bfloat16).eval()
+        return LlamaForCausalLM(LlamaConfig(**sizes, pad_token_id=0)).to(dtype).eval()
 
 
-MODELS = {"MiniLM": encoder, "Llama of 1.36 B": decoder}
+MODELS = {
+    "MiniLM": encoder,
+    "Llama of 8 layers": functools.partial(
+        decoder,
+        dtype=torch.float32,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        vocab_size=8192,
+    ),
+    "Llama of 1.36 B": functools.partial(
+        decoder,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=24,
+        num_attention_heads=16,
+        vocab_size=32000,
+    ),
+    "Llama of 3.2 B": functools.partial(
+        decoder,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_hidden_layers=28,
+        num_attention_heads=24,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        tie_word_embeddings=True,
+    ),
+}
+IDS = {"Llama of 8 layers": 8192}  # the vocabularies that are small
 
 
 def batches(name: str, device: str, number: int, samples: int, tokens: int) -> list[Batch]:
@@ -56,7 +79,7 @@ def batches(name: str, device: str, number: int, samples: int, tokens: int) -> l
     generator = torch.Generator().manual_seed(0)
     made = []
     for _ in range(number):
-        ids = torch.randint(1000, 30000, (samples, tokens), generator=generator)
+        ids = torch.randint(1000, IDS.get(name, 30000), (samples, tokens), generator=generator)
         classes = torch.randint(0, 2, (samples,), generator=generator)
         labels = classes if MODELS[name] is encoder else ids
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
