@@ -4,7 +4,7 @@
 //
 // SPARSEFT_TARGET: attribute that names the unit; SPARSEFT_LANES: floats of a vector. Both end with this file.
 
-using Vector = float __attribute__((vector_size(SPARSEFT_LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+using Vector __attribute__((vector_size(SPARSEFT_LANES * sizeof(float)), aligned(sizeof(float)), may_alias)) = float;
 
 template <bool kSquared>
 SPARSEFT_TARGET void add(const float* dy, const float* x, int64_t tokens, float weight, float* out, int64_t stride) {
