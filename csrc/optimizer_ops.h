@@ -14,6 +14,7 @@ namespace sparseft {
 using TensorList = std::vector<Tensor>;
 using MaybeTensor = std::optional<Tensor>;
 using MaybeTensorList = std::optional<TensorList>;
+using MaybeIntegers = std::optional<std::vector<int64_t>>;
 
 template <class Device, class Rule>
 void optimizer_op(const Rule& rule, const StepArguments& arguments, bool stateless, double lr, bool maximize,
@@ -30,8 +31,9 @@ template <class Device>
 void adamw_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
             const TensorList& exp_avg_sqs, const TensorList& masters, const TensorList& steps, double beta1,
             double beta2, double eps, double lr, double weight_decay, bool maximize, const MaybeTensorList& pretrained,
-            const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
-    StepArguments arguments{"adamw_", params, grads, indices, masters, steps, pretrained};
+            const MaybeIntegers& seeds, const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale,
+            const MaybeTensor& found_inf) {
+    StepArguments arguments{"adamw_", params, grads, indices, masters, steps, pretrained, seeds};
     arguments.states = {{"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}};
     optimizer_op<Device>(AdamW{beta1, beta2, eps, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
                          found_inf);
@@ -40,9 +42,9 @@ void adamw_(const TensorList& params, const TensorList& grads, const TensorList&
 template <class Device>
 void lion_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
            const TensorList& masters, const TensorList& steps, double beta1, double beta2, double lr,
-           double weight_decay, bool maximize, const MaybeTensorList& pretrained, const MaybeTensor& lr_tensor,
-           const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
-    StepArguments arguments{"lion_", params, grads, indices, masters, steps, pretrained};
+           double weight_decay, bool maximize, const MaybeTensorList& pretrained, const MaybeIntegers& seeds,
+           const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    StepArguments arguments{"lion_", params, grads, indices, masters, steps, pretrained, seeds};
     arguments.states = {{"exp_avgs", &exp_avgs}};
     optimizer_op<Device>(Lion{beta1, beta2, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
                          found_inf);
@@ -52,9 +54,9 @@ template <class Device>
 void sgd_(const TensorList& params, const TensorList& grads, const TensorList& indices,
           const TensorList& momentum_buffers, const TensorList& masters, const TensorList& steps, double momentum,
           double dampening, bool nesterov, double lr, double weight_decay, bool maximize,
-          const MaybeTensorList& pretrained, const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale,
-          const MaybeTensor& found_inf) {
-    StepArguments arguments{"sgd_", params, grads, indices, masters, steps, pretrained};
+          const MaybeTensorList& pretrained, const MaybeIntegers& seeds, const MaybeTensor& lr_tensor,
+          const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    StepArguments arguments{"sgd_", params, grads, indices, masters, steps, pretrained, seeds};
     arguments.states = {{"momentum_buffers", &momentum_buffers}};
     optimizer_op<Device>(SGD{momentum, dampening, weight_decay, nesterov}, arguments, momentum == 0, lr, maximize,
                          lr_tensor, grad_scale, found_inf);

@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/ops.h>
 
 #include "checks.h"
+#include "low_bits.h"
 #include "selection.h"
 
 namespace sparseft {
@@ -23,9 +24,11 @@ struct ParameterStep {
     const void* pretrained;  // [k], what decay pulls to, in the parameter's dtype; null: zero
     float* states[kMaxStates];
     const float* count;  // of steps, this one included when it is read
+    uint32_t seed;       // mixed
     ScalarType dtype;
     ScalarType grad_dtype;
     bool compact_grad;  // [k] instead of the parameter's shape
+    bool stochastic;    // weights are rounded so: they have fewer bits than fp32, and no master
 };
 
 // What a step works on, checked.
@@ -54,6 +57,7 @@ struct StepArguments {
     const std::vector<Tensor>& masters;
     const std::vector<Tensor>& steps;
     const std::optional<std::vector<Tensor>>& pretrained;
+    const std::optional<std::vector<int64_t>>& seeds;
     std::vector<std::pair<const char*, const std::vector<Tensor>*>> states = {};
 };
 
@@ -121,6 +125,8 @@ inline void add_parameter(const StepArguments& a, size_t i, bool stateless, cons
     }
     step.pretrained = decay_target(a, i, k, place);
     step.master = per_entry(at("masters"), a.masters[i], k, true, place);
+    step.seed = a.seeds ? mixed_seed((*a.seeds)[i]) : 0;
+    step.stochastic = a.seeds && !step.master && step.dtype != ScalarType::Float;
     float* const count = scalar(at("steps"), a.steps[i], place);
     step.count = count;
     work.counts.push_back(count);
@@ -136,6 +142,8 @@ inline StepWork step_work(const StepArguments& a, bool stateless) {
     check_length({a.op, "masters"}, a.masters, n);
     check_length({a.op, "steps"}, a.steps, n);
     if (a.pretrained) check_length({a.op, "pretrained"}, *a.pretrained, n);
+    check(!a.seeds || a.seeds->size() == n, Argument{a.op, "seeds"}, " must hold one number for each of the ", n,
+          " parameters, got ", a.seeds ? a.seeds->size() : 0);
 
     StepWork work;
     work.parameters.reserve(n);

@@ -48,6 +48,7 @@ def _adamw_kernel(
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -71,7 +72,7 @@ def _adamw_kernel(
     lr = learning_rate(lr, lr_tensor)
     weight -= lr * weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     weight -= tl.div_rn(lr, correction1) * tl.div_rn(exp_avg, denominator)
-    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
+    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER, STOCHASTIC)
 
 
 def adamw_(

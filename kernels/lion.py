@@ -29,6 +29,7 @@ def _lion_kernel(
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -48,7 +49,7 @@ def _lion_kernel(
     sign = tl.where(mean > 0, 1.0, tl.where(mean < 0, -1.0, mean))
     decay = weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     weight -= learning_rate(lr, lr_tensor) * (sign + decay)
-    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER)
+    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER, STOCHASTIC)
 
 
 def lion_(

@@ -1,7 +1,7 @@
 """What the optimizers share: gradients and weights read at the selected entries, weights written back, the launch.
 
-Columns of their table: k, indices, gradient, parameter, master, step, pretrained, then the optimizer's states. An
-address that is not needed is 0.
+Columns of their table: k, indices, gradient, parameter, master, step, pretrained, mixed seed, then the optimizer's
+states. What is not needed is 0.
 """
 
 from __future__ import annotations
@@ -14,13 +14,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.checks import FLOAT32, check_lengths, check_tensor
+from sparseft.kernels.low_bits import random_bits, random_key, round_stochastically
 from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
+from sparseft.low_bits import mixed_seed
 from sparseft.reference_optim import StepOptions
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
 # the first column of the states
-STATES = tl.constexpr(7)
+STATES = tl.constexpr(8)
 
 
 @triton.jit
@@ -62,9 +64,16 @@ def decayed_part(row, element, exists, weight, PARAM: tl.constexpr, HAS_PRETRAIN
 
 
 @triton.jit
-def store_weight(row, element, index, exists, weight, PARAM: tl.constexpr, HAS_MASTER: tl.constexpr):
+def store_weight(
+    row, element, index, exists, weight, PARAM: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr
+):
     """Write fp32 weights to the selected positions and to their master copy."""
-    tl.store(pointer(row, 3, PARAM) + index, weight.to(PARAM), mask=exists)
+    if STOCHASTIC and PARAM != tl.float32 and not HAS_MASTER:
+        key = random_key(tl.load(row + 7), tl.load(pointer(row, 5, tl.float32)))
+        rounded = round_stochastically(weight, random_bits(key, index), PARAM)
+    else:
+        rounded = weight.to(PARAM)
+    tl.store(pointer(row, 3, PARAM) + index, rounded, mask=exists)
     if HAS_MASTER:
         tl.store(pointer(row, 4, tl.float32) + element, weight, mask=exists)
 
@@ -96,6 +105,8 @@ def launch_step(
     (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's own.
     """
     check_lengths(params=params, grads=grads, indices=indices, masters=masters, steps=steps, **states)
+    if options.seeds is not None and len(options.seeds) != len(params):
+        raise ValueError(f"seeds must hold one number for each of the {len(params)} parameters, got {options.seeds}")
     if options.pretrained is not None:
         check_lengths(params=params, pretrained=options.pretrained)
     if not params:
@@ -111,7 +122,11 @@ def launch_step(
     groups = _group(params, grads, indices, states, masters, steps, options)
     scalars = (float(lr), lr_tensor, options.grad_scale, found_inf, *map(float, (options.weight_decay, *arguments)))
     torch._foreach_add_(steps, 1 if found_inf is None else (found_inf == 0).float())
-    constants |= {"MAXIMIZE": options.maximize, "HAS_PRETRAINED": options.pretrained is not None}
+    constants |= {
+        "MAXIMIZE": options.maximize,
+        "HAS_PRETRAINED": options.pretrained is not None,
+        "STOCHASTIC": options.seeds is not None,
+    }
     launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
 
 
@@ -145,6 +160,7 @@ def _group(
         kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)
         pretrained = options.pretrained[i].data_ptr() if options.pretrained is not None else 0
         columns = [tensor.data_ptr() for tensor in (index, grad, param, master, step)]
+        seed = mixed_seed(options.seeds[i]) if options.seeds is not None else 0
         addresses = [tensors[i].data_ptr() for tensors in states.values()]
-        groups.setdefault(kind, []).append((k, *columns, pretrained, *addresses))
+        groups.setdefault(kind, []).append((k, *columns, pretrained, seed, *addresses))
     return groups

@@ -29,6 +29,7 @@ def _sgd_kernel(
     COMPACT: tl.constexpr,
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -53,7 +54,8 @@ def _sgd_kernel(
             grad += momentum * buffer
         else:
             grad = buffer
-    store_weight(row, element, index, exists, weight - learning_rate(lr, lr_tensor) * grad, PARAM, HAS_MASTER)
+    weight -= learning_rate(lr, lr_tensor) * grad
+    store_weight(row, element, index, exists, weight, PARAM, HAS_MASTER, STOCHASTIC)
 
 
 def sgd_(

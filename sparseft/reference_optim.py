@@ -4,8 +4,8 @@ Every op takes `params, grads, indices`, its states, `masters` and `steps`, list
 options, and those of `StepOptions`. It updates the selected entries; nothing else is read or written.
 
 params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype; indices:
-[k]; states: fp32 [k]; masters: fp32 [k], or empty where the parameter itself is fp32; steps: 0-d fp32, steps before
-this one, which is counted first.
+[k]; states: fp32 [k]; masters: fp32 [k], or empty: a 16-bit weight then keeps no more digits than it has; steps: 0-d
+fp32, steps before this one, which is counted first.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseft import low_bits
+
 
 @dataclasses.dataclass
 class StepOptions:
@@ -24,6 +26,8 @@ class StepOptions:
 
     lr: step size; lr_tensor, a 0-d tensor, is used in its place if given. weight_decay: as the op says; it pulls
     weights to zero or to `pretrained`, one tensor [k] a parameter, in its dtype.
+    seeds: one a parameter, with which bf16 and fp16 weights without a master are rounded stochastically, to either
+    neighbour with the probability that makes the mean right; without seeds they are rounded to the nearest.
     maximize: ascend. grad_scale, found_inf: GradScaler's, one fp32 value each; gradients are divided by the first, and
     nothing changes, nor counts, when the second is not 0.
     """
@@ -32,6 +36,7 @@ class StepOptions:
     weight_decay: float
     maximize: bool = False
     pretrained: list[Tensor] | None = None
+    seeds: list[int] | None = None
     lr_tensor: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -149,9 +154,12 @@ def _step(
         weight = _selected_weight(param, index, masters[i])
         decay = options.weight_decay * (weight if options.pretrained is None else weight - options.pretrained[i])
         yield _Entries(grad, weight, [tensors[i] for tensors in states], decay, lr, float(steps[i]))
-        param.view(-1)[index.long()] = weight.to(param.dtype)
         if masters[i].numel():
             masters[i].copy_(weight)
+        elif options.seeds is not None and param.dtype in (torch.bfloat16, torch.float16):
+            random = low_bits.random_bits(options.seeds[i], float(steps[i]), index)
+            weight = low_bits.round_stochastically(weight, param.dtype, random)
+        param.view(-1)[index.long()] = weight.to(param.dtype)
 
 
 def wide(tensor: Tensor) -> Tensor:

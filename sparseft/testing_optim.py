@@ -36,6 +36,7 @@ _VARIANTS: list[tuple[str, bool, dict[str, Any]]] = [
     ("maximize, no decay", False, {"maximize": True, "weight_decay": 0.0}),
     ("lr as a tensor", False, {"lr": float("nan"), "lr_tensor": torch.tensor(0.02)}),
     ("decay to the pretrained", True, {"pretrained": []}),
+    ("stochastic rounding", False, {"seeds": [1, 2, 3, 2**40, -5, 6]}),
     ("loss scale", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}),
     ("overflow: nothing may change", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(2.0)}),
 ]
@@ -63,6 +64,8 @@ def optimizer_calls(
         if "exp_avg_sqs" in names:
             states[1] = [torch.rand(state.shape, generator=generator) for state in states[1]]
         masters = [_master(generator, param, index) for param, index in zip(params, indices, strict=True)]
+        if "seeds" in keywords:
+            masters[:-1] = [torch.empty(0)] * (len(masters) - 1)
         if "pretrained" in keywords:
             keywords["pretrained"] = [_randn(generator, (k_i,), p.dtype) for p, k_i in zip(params, k, strict=True)]
         steps = [torch.tensor(float(step)) for step in (0, 1, 9, 999, 0, 6)]

@@ -27,6 +27,7 @@ struct alignas(64) Block {
     float stored[kBlockEntries];  // weights as the tensor stores them, 16-bit ones in half the space
     float stored_grad[kBlockEntries];
     float rounded[kBlockEntries];
+    uint32_t random[kBlockEntries];
 };
 
 template <class Rule>
@@ -81,7 +82,29 @@ inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float d
     }
 }
 
+template <class Index>
+SPARSEFT_SIMD void fill_random(const Index* __restrict indices, int64_t n, uint32_t key, uint32_t* __restrict random) {
+    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, indices[i]);
+}
+
+inline SPARSEFT_SIMD void round_to_bfloat16(const uint32_t* __restrict random, int64_t n, float* __restrict values) {
+    for (int64_t i = 0; i < n; ++i) values[i] = round_to_bfloat16(values[i], random[i]);
+}
+
+inline SPARSEFT_SIMD void round_to_half(const uint32_t* __restrict random, int64_t n, float* __restrict values) {
+    for (int64_t i = 0; i < n; ++i) values[i] = round_to_half(values[i], random[i]);
+}
+
+// Round the block's weights to numbers of the parameter's dtype, which storing them then keeps.
+inline void round_weights(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
+    const uint32_t key = random_key(p.seed, *p.count);
+    with_indices(p.at, [&](const auto* indices) { fill_random(indices + begin, n, key, block.random); });
+    if (p.dtype == ScalarType::BFloat16) return round_to_bfloat16(block.random, n, block.weight);
+    round_to_half(block.random, n, block.weight);
+}
+
 inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
+    if (p.stochastic) round_weights(p, begin, n, block);
     narrow(p.dtype, block.weight, n, block.stored);
     scatter_entries(p.at, begin, begin + n, block.stored);
     if (p.master) std::memcpy(p.master + begin, block.weight, n * sizeof(float));

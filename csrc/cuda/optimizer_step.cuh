@@ -44,9 +44,15 @@ __device__ __forceinline__ float rounded(float value, ScalarType dtype) {
     return value;
 }
 
+__device__ __forceinline__ float stochastically_rounded(const ParameterStep& p, uint32_t key, int64_t where,
+                                                        float weight) {
+    const uint32_t random = random_bits(key, where);
+    return p.dtype == ScalarType::BFloat16 ? round_to_bfloat16(weight, random) : round_to_half(weight, random);
+}
+
 template <class Rule>
 __device__ __forceinline__ void update_entry(const ParameterStep& p, const typename Rule::Coefficients& coefficients,
-                                             float divisor, int64_t i) {
+                                             float divisor, uint32_t key, int64_t i) {
     const int64_t where = position(p.at, i);
     const uint32_t grad_bits = load_bits(p.grad, p.grad_dtype, p.compact_grad ? i : where);
     const uint32_t weight_bits = load_bits(p.at.data, p.dtype, where);
@@ -63,6 +69,7 @@ __device__ __forceinline__ void update_entry(const ParameterStep& p, const typen
     for (int s = 0; s < Rule::kStates; ++s) {
         if (p.states[s]) p.states[s][i] = states[s];
     }
+    if (p.stochastic) weight = stochastically_rounded(p, key, where, weight);
     store(p.at.data, p.dtype, where, weight);
     if (p.master) p.master[i] = weight;
 }
@@ -95,8 +102,9 @@ __global__ void __launch_bounds__(kThreads)
     __syncthreads();
     const float scale = options.grad_scale ? *options.grad_scale : 1;
     const float divisor = options.maximize ? -scale : scale;
+    const uint32_t key = random_key(p.seed, *p.count);
     for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kThreads) {
-        update_entry<Rule>(p, coefficients, divisor, i);
+        update_entry<Rule>(p, coefficients, divisor, key, i);
     }
 }
 

@@ -94,8 +94,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        place = 0
         for group in self.param_groups:
-            self._group_step(group)
+            self._group_step(group, place)
+            place += len(group["params"])
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -166,9 +168,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
         return f"{type(self).__name__}({entries:,} entries, {options})"
 
-    def _group_step(self, group: dict[str, Any]) -> None:
-        """Call the optimizer's op with what every optimizer shares."""
-        params, grads, indices = with_gradients(group)
+    def _group_step(self, group: dict[str, Any], first_place: int) -> None:
+        """Call the optimizer's op with what every optimizer shares; `first_place`: parameters in groups before."""
+        params, grads, indices, places = with_gradients(group)
         if not params:
             return
         states = self._states(group, params, indices)
@@ -181,11 +183,13 @@ class SparseOptimizer(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
             "pretrained": [state["pretrained"] for state in states] if group["decay_to"] == "pretrained" else None,
+            "seeds": [group["seed"] + first_place + i for i in places] if group["rounding"] == "stochastic" else None,
             "grad_scale": getattr(self, "grad_scale", None),
             "found_inf": getattr(self, "found_inf", None),
         }
         no_master = _no_master(params[0].device)
-        masters = [state.get("master", no_master) for state in states]
+        keeps_masters = group["rounding"] == "master"
+        masters = [state.get("master", no_master) if keeps_masters else no_master for state in states]
         self._update(group, Step(params, grads, indices, masters, states, shared))
         torch.autograd.graph.increment_version(params)
 
@@ -196,8 +200,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         for state, param, index in zip(states, params, indices, strict=True):
             if not state:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-                if param.dtype != torch.float32:
-                    state["master"] = values(param, index).float()
+            if group["rounding"] == "master" and param.dtype != torch.float32 and "master" not in state:
+                state["master"] = values(param, index).float()
             if group["decay_to"] == "pretrained" and "pretrained" not in state:
                 state["pretrained"] = values(param, index)
             for name in names:

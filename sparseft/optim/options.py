@@ -12,15 +12,22 @@ class SharedOptions(TypedDict, total=False):
     maximize: ascend instead of descend.
     decay_to: what weight decay pulls to: "zero", or "pretrained", the values that the selected entries have at their
         first step. Those are kept as a state, in the parameter's dtype.
+    rounding: how a bf16 or fp16 weight takes steps smaller than its last digit. "master": its selected entries are
+        kept in fp32, too, and rounded to the nearest. "stochastic": they are not, which saves 4 bytes each; a weight
+        is rounded to either neighbour, with the probability that makes the mean right.
+    seed: of random numbers, 0 to 2**62. They are a hash of it, the parameter's place in the optimizer, its step count
+        and the entry's position, so that a run repeats bit for bit on any number of threads, and when it is resumed.
     """
 
     maximize: bool
     decay_to: Literal["zero", "pretrained"]
+    rounding: Literal["master", "stochastic"]
+    seed: int
 
 
-DEFAULTS: dict[str, Any] = {"maximize": False, "decay_to": "zero"}
+DEFAULTS: dict[str, Any] = {"maximize": False, "decay_to": "zero", "rounding": "master", "seed": 0}
 
-_CHOICES = {"decay_to": ("zero", "pretrained")}
+_CHOICES = {"decay_to": ("zero", "pretrained"), "rounding": ("master", "stochastic")}
 
 
 def check_options(group: Mapping[str, Any]) -> None:
@@ -35,3 +42,5 @@ def check_options(group: Mapping[str, Any]) -> None:
     for option, choices in _CHOICES.items():
         if group[option] not in choices:
             raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {group[option]!r}")
+    if not isinstance(group["seed"], int) or not 0 <= group["seed"] <= 2**62:
+        raise ValueError(f"seed must be an integer from 0 to 2**62, got {group['seed']!r}")

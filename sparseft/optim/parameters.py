@@ -20,22 +20,23 @@ def values(param: Tensor, index: Tensor) -> Tensor:
     return param.detach().view(-1)[index.long()]
 
 
-def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-    """Return the parameters of a group that have a gradient, the gradients, and the index lists."""
-    params, grads, indices = [], [], []
-    for param, index in zip(group["params"], group["indices"], strict=True):
+def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
+    """Return the parameters of a group that have a gradient, the gradients, index lists, and places in the group."""
+    params, grads, indices, places = [], [], [], []
+    for place, (param, index) in enumerate(zip(group["params"], group["indices"], strict=True)):
         grad = param.grad
         if grad is not None:
             params.append(param)
             grads.append(grad)
             indices.append(index)
+            places.append(place)
         elif index.numel() and not param.requires_grad:
             warnings.warn(
                 f"a parameter of shape {list(param.shape)} with {index.numel()} selected entries is frozen "
                 "(requires_grad=False) and does not train; unfreeze it, or select again without it",
                 stacklevel=5,
             )
-    return params, grads, indices
+    return params, grads, indices, places
 
 
 def checked_indices(params: list[Tensor], indices: Sequence[Tensor | None] | None) -> list[Tensor]:
