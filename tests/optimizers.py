@@ -32,6 +32,7 @@ PLAIN = {
 }
 SHARED = {
     "decay to the pretrained": {"decay_to": "pretrained"},
+    "clipping": {"max_norm": 0.05},
     "stochastic rounding": {"rounding": "stochastic", "seed": 5},
 }
 # each optimizer by itself, and with each option that all of them have

@@ -14,9 +14,10 @@ from torch.optim.optimizer import ParamsT
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.mask import Mask
+from sparseft.optim.clipping import divisor, gradient_norm
 from sparseft.optim.mask_change import Move, carry_leaf, members, positions
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.optim.parameters import checked_indices, values, with_gradients
+from sparseft.optim.parameters import Trained, checked_indices, trained, values
 
 
 @dataclasses.dataclass
@@ -94,9 +95,16 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        place = 0
+        work = []
         for group in self.param_groups:
-            self._group_step(group, place)
+            work.append(trained(group))
+        norm = None
+        if any(group["max_norm"] is not None for group in self.param_groups):
+            norm = gradient_norm((found.grads, found.indices) for found in work)
+        place = 0
+        for group, found in zip(self.param_groups, work, strict=True):
+            if found.params:
+                self._group_step(group, found, place, norm)
             place += len(group["params"])
         return loss
 
@@ -168,13 +176,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         }
         return f"{type(self).__name__}({entries:,} entries, {options})"
 
-    def _group_step(self, group: dict[str, Any], first_place: int) -> None:
+    def _group_step(self, group: dict[str, Any], found: Trained, first_place: int, norm: Tensor | None) -> None:
         """Call the optimizer's op with what every optimizer shares; `first_place`: parameters in groups before."""
-        params, grads, indices, places = with_gradients(group)
-        if not params:
-            return
-        states = self._states(group, params, indices)
-        lr = group["lr"]
+        params, device = found.params, found.params[0].device
+        states = self._states(group, params, found.indices)
+        lr, grad_scale = group["lr"], getattr(self, "grad_scale", None)
+        if norm is not None and group["max_norm"] is not None:
+            grad_scale = divisor(norm, group["max_norm"], grad_scale).to(device, non_blocking=True)
         # a tensor on the device stays there, so that a captured graph follows the schedule
         on_device = torch.is_tensor(lr) and lr.device.type != "cpu"
         shared = {
@@ -183,14 +191,16 @@ class SparseOptimizer(torch.optim.Optimizer):
             "weight_decay": group["weight_decay"],
             "maximize": group["maximize"],
             "pretrained": [state["pretrained"] for state in states] if group["decay_to"] == "pretrained" else None,
-            "seeds": [group["seed"] + first_place + i for i in places] if group["rounding"] == "stochastic" else None,
-            "grad_scale": getattr(self, "grad_scale", None),
+            "seeds": None,
+            "grad_scale": grad_scale,
             "found_inf": getattr(self, "found_inf", None),
         }
-        no_master = _no_master(params[0].device)
-        keeps_masters = group["rounding"] == "master"
-        masters = [state.get("master", no_master) if keeps_masters else no_master for state in states]
-        self._update(group, Step(params, grads, indices, masters, states, shared))
+        masters = [_no_master(device)] * len(params)
+        if group["rounding"] == "master":
+            masters = [state.get("master", none) for state, none in zip(states, masters, strict=True)]
+        else:
+            shared["seeds"] = [group["seed"] + first_place + place for place in found.places]
+        self._update(group, Step(params, found.grads, found.indices, masters, states, shared))
         torch.autograd.graph.increment_version(params)
 
     def _states(self, group: dict[str, Any], params: list[Tensor], indices: list[Tensor]) -> list[dict[str, Any]]:

@@ -12,6 +12,8 @@ class SharedOptions(TypedDict, total=False):
     maximize: ascend instead of descend.
     decay_to: what weight decay pulls to: "zero", or "pretrained", the values that the selected entries have at their
         first step. Those are kept as a state, in the parameter's dtype.
+    max_norm: gradients are scaled down, in the step itself, when the norm of all selected gradients is larger, as
+        `torch.nn.utils.clip_grad_norm_` would do to them; None: not. The norm is that of all groups together.
     rounding: how a bf16 or fp16 weight takes steps smaller than its last digit. "master": its selected entries are
         kept in fp32, too, and rounded to the nearest. "stochastic": they are not, which saves 4 bytes each; a weight
         is rounded to either neighbour, with the probability that makes the mean right.
@@ -21,11 +23,12 @@ class SharedOptions(TypedDict, total=False):
 
     maximize: bool
     decay_to: Literal["zero", "pretrained"]
+    max_norm: float | None
     rounding: Literal["master", "stochastic"]
     seed: int
 
 
-DEFAULTS: dict[str, Any] = {"maximize": False, "decay_to": "zero", "rounding": "master", "seed": 0}
+DEFAULTS: dict[str, Any] = {"maximize": False, "decay_to": "zero", "max_norm": None, "rounding": "master", "seed": 0}
 
 _CHOICES = {"decay_to": ("zero", "pretrained"), "rounding": ("master", "stochastic")}
 
@@ -42,5 +45,7 @@ def check_options(group: Mapping[str, Any]) -> None:
     for option, choices in _CHOICES.items():
         if group[option] not in choices:
             raise ValueError(f"{option} must be one of {', '.join(map(repr, choices))}, got {group[option]!r}")
+    if group["max_norm"] is not None and not group["max_norm"] > 0:
+        raise ValueError(f"max_norm must be above 0, or None for no clipping, got {group['max_norm']}")
     if not isinstance(group["seed"], int) or not 0 <= group["seed"] <= 2**62:
         raise ValueError(f"seed must be an integer from 0 to 2**62, got {group['seed']!r}")

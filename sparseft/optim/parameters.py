@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,23 +21,33 @@ def values(param: Tensor, index: Tensor) -> Tensor:
     return param.detach().view(-1)[index.long()]
 
 
-def with_gradients(group: Mapping[str, Any]) -> tuple[list[Tensor], list[Tensor], list[Tensor], list[int]]:
-    """Return the parameters of a group that have a gradient, the gradients, index lists, and places in the group."""
-    params, grads, indices, places = [], [], [], []
+@dataclasses.dataclass
+class Trained:
+    """The parameters of a group that have a gradient, the gradients, index lists, and places in the group."""
+
+    params: list[Tensor] = dataclasses.field(default_factory=list)
+    grads: list[Tensor] = dataclasses.field(default_factory=list)
+    indices: list[Tensor] = dataclasses.field(default_factory=list)
+    places: list[int] = dataclasses.field(default_factory=list)
+
+
+def trained(group: Mapping[str, Any]) -> Trained:
+    """Return what a step works on; warn of selected entries that are frozen."""
+    found = Trained()
     for place, (param, index) in enumerate(zip(group["params"], group["indices"], strict=True)):
         grad = param.grad
         if grad is not None:
-            params.append(param)
-            grads.append(grad)
-            indices.append(index)
-            places.append(place)
+            found.params.append(param)
+            found.grads.append(grad)
+            found.indices.append(index)
+            found.places.append(place)
         elif index.numel() and not param.requires_grad:
             warnings.warn(
                 f"a parameter of shape {list(param.shape)} with {index.numel()} selected entries is frozen "
                 "(requires_grad=False) and does not train; unfreeze it, or select again without it",
-                stacklevel=5,
+                stacklevel=4,
             )
-    return params, grads, indices, places
+    return found
 
 
 def checked_indices(params: list[Tensor], indices: Sequence[Tensor | None] | None) -> list[Tensor]:
