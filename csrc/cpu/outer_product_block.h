@@ -4,7 +4,9 @@
 //
 // SPARSEFT_TARGET: attribute that names the unit; SPARSEFT_LANES: floats of a vector. Both end with this file.
 
-using Vector __attribute__((vector_size(SPARSEFT_LANES * sizeof(float)), aligned(sizeof(float)), may_alias)) = float;
+// Not aligned: GCC heeds what is said of the type when it casts pointers to it, clang what is said of the name.
+using Vector __attribute__((aligned(sizeof(float)), may_alias)) =
+    float __attribute__((vector_size(SPARSEFT_LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
 
 template <bool kSquared>
 SPARSEFT_TARGET void add(const float* dy, const float* x, int64_t tokens, float weight, float* out, int64_t stride) {
