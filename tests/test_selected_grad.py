@@ -62,9 +62,9 @@ def test_over_many_blocks_and_threads(generator, restore_threads, dtype, shape, 
     testing.assert_matches_reference("selected_grad_", sparse.selected_grad_, sample_of(generator, dtype, *shape))
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-def test_results_do_not_depend_on_the_number_of_threads(generator, restore_threads, dtype):
-    sample, results = sample_of(generator, dtype, 600, 200, 1000, 50000), []
+@pytest.mark.parametrize("k", [500, 20000, 60000, 200000])
+def test_results_do_not_depend_on_the_number_of_threads(generator, restore_threads, k):
+    sample, results = sample_of(generator, torch.float32, 600, 200, 1000, k), []
     for threads in (1, 2, 5):
         torch.set_num_threads(threads)
         results.append(testing.observe("selected_grad_", sparse.selected_grad_, sample)[0])

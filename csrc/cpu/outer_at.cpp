@@ -8,14 +8,15 @@
 namespace sparseft {
 namespace {
 
-Factor factor(const Tensor& tensor) {
-    return {static_cast<const char*>(tensor.data_ptr()),
-            tensor.scalar_type(),
-            tensor.size(2),
-            static_cast<int64_t>(tensor.element_size()),
-            tensor.stride(0),
-            tensor.stride(1),
-            tensor.stride(2)};
+Samples samples(const Tensor& tensor) {
+    const Matrix first{static_cast<const char*>(tensor.data_ptr()),
+                       tensor.size(1),
+                       tensor.size(2),
+                       tensor.stride(1),
+                       tensor.stride(2),
+                       static_cast<int64_t>(tensor.element_size()),
+                       tensor.scalar_type()};
+    return {first, tensor.stride(0)};
 }
 
 void check_input(const char* name, const Tensor& tensor, const Tensor& left) {
@@ -37,9 +38,9 @@ Tensor outer_at(const Tensor& left, const Tensor& right, const Tensor& indices) 
     check_entries(Argument{"outer_at", "indices"}, indices, left.size(2) * right.size(2), left);
     Tensor result = torch::stable::new_zeros(left, {left.size(0), indices.numel()}, ScalarType::Float);
     if (result.numel() == 0 || left.numel() == 0) return result;
-    const Factor left_factor = factor(left), right_factor = factor(right);
+    const Samples left_samples = samples(left), right_samples = samples(right);
     const Entries entries(indices, right.size(2));
-    SampledProduct(left_factor, right_factor, entries, static_cast<float*>(result.data_ptr()))
+    SampledProduct(left_samples, right_samples, entries, static_cast<float*>(result.data_ptr()))
         .add(left.size(0), left.size(1));
     return result;
 }

@@ -29,6 +29,27 @@ inline constexpr int64_t kBatch = 16;               // entries whose lanes are s
 inline constexpr int64_t kPieceEntries = 4096;      // the most that threads cannot share
 inline constexpr int64_t kShare = 1 << 16;  // numbers transposed or multiplied, below which a second thread costs more
 
+// Some tokens of one sample.
+struct TokenBlock {
+    int64_t sample, first, tokens;
+    int64_t start;  // where they begin among those of all blocks that are transposed together
+
+    int64_t padded() const { return round_up(tokens, kLanes); }
+};
+
+// [samples, tokens, features].
+struct Samples {
+    Matrix first;
+    int64_t stride;
+
+    // Features begin..end of some tokens.
+    Matrix at(const TokenBlock& block, int64_t begin, int64_t end) const {
+        const char* const data = first.at(block.first, begin) + block.sample * stride * first.element_size;
+        return {data,       block.tokens, end - begin, first.row_stride, first.column_stride, first.element_size,
+                first.dtype};
+    }
+};
+
 // One entry: its row, of those transposed together, and its column, of all.
 struct Entry {
     int32_t row, column;
@@ -123,8 +144,8 @@ class Entries {
 class SampledProduct {
   public:
     // out: [samples, k], without gaps.
-    SampledProduct(const Factor& left, const Factor& right, const Entries& entries, float* out)
-        : left_(left), right_(right), entries_(entries), out_(out), width_(round_up(right.features, kLanes)) {}
+    SampledProduct(const Samples& left, const Samples& right, const Entries& entries, float* out)
+        : left_(left), right_(right), entries_(entries), out_(out), width_(round_up(right.first.columns, kLanes)) {}
 
     void add(int64_t samples, int64_t tokens) const {
         const int64_t fitting = kBlockFloats / width_ / kLanes * kLanes;
@@ -154,9 +175,9 @@ class SampledProduct {
         torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; ++item) {
                 const TokenBlock& block = blocks[item / groups];
-                const int64_t first = item % groups * kLanes, last = std::min(first + kLanes, right_.features);
+                const int64_t first = item % groups * kLanes, last = std::min(first + kLanes, right_.first.columns);
                 float* const out = transposed + block.start * width_ + first * block.padded();
-                if (entries_.need_columns_from(first)) transpose(right_, block, first, last, out);
+                if (entries_.need_columns_from(first)) transpose(right_.at(block, first, last), out);
             }
         });
         const int64_t shares = std::max<int64_t>(1, tokens * entries_.cost() / kShare);
@@ -174,13 +195,13 @@ class SampledProduct {
     }
 
     void add(const TokenBlock& block, const EntryPiece& piece, const float* transposed, float* rows) const {
-        transpose(left_, block, piece.row, std::min(piece.row + kLeftRows, left_.features), rows);
+        transpose(left_.at(block, piece.row, std::min(piece.row + kLeftRows, left_.first.columns)), rows);
         add_dots(rows, transposed, entries_.data() + piece.begin, piece.end - piece.begin, block.padded(),
                  out_ + block.sample * entries_.size() + piece.begin);
     }
 
-    const Factor& left_;
-    const Factor& right_;
+    const Samples left_;
+    const Samples right_;
     const Entries& entries_;
     float* out_;
     int64_t width_;

@@ -1,4 +1,4 @@
-// Transposes blocks of a matrix that lies token after token, on the CPU, so that the tokens of a feature lie together.
+// Transposes a matrix that lies token after token, on the CPU, so that the tokens of a feature lie together.
 #pragma once
 
 #include <algorithm>
@@ -6,10 +6,10 @@
 #include <cstdint>
 #include <memory>
 
-#include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "panels.h"
 #include "simd.h"
 
 namespace sparseft {
@@ -30,25 +30,6 @@ class AlignedFloats {
 
   private:
     std::unique_ptr<float[]> memory_;
-};
-
-// [samples, tokens, features] of fp32, bf16 or fp16, with any strides.
-struct Factor {
-    const char* data;
-    torch::headeronly::ScalarType dtype;
-    int64_t features, element_size, sample_stride, token_stride, feature_stride;
-
-    const char* at(int64_t sample, int64_t token, int64_t feature) const {
-        return data + (sample * sample_stride + token * token_stride + feature * feature_stride) * element_size;
-    }
-};
-
-// Some tokens of one sample.
-struct TokenBlock {
-    int64_t sample, first, tokens;
-    int64_t start;  // where they begin among those of all blocks that are transposed together
-
-    int64_t padded() const { return round_up(tokens, kLanes); }
 };
 
 // kLanes tokens of kLanes features as fp32, with zeros where there are fewer.
@@ -76,29 +57,28 @@ SPARSEFT_SIMD inline void transpose_square(const float* __restrict from, int64_t
     }
 }
 
-// Write features begin..end of a block as fp32: out [end - begin, padded tokens], where both are filled up with zeros
-// to whole squares.
-inline void transpose(const Factor& factor, const TokenBlock& block, int64_t begin, int64_t end, float* out) {
-    using torch::headeronly::ScalarType;
+// Write a matrix [tokens, features] as fp32: out [features, tokens], where both are filled up with zeros to whole
+// squares.
+inline void transpose(const Matrix& source, float* out) {
     alignas(64) std::array<float, kLanes * kLanes> square;
-    const int64_t length = block.padded();
-    for (int64_t t = 0; t < block.tokens; t += kLanes) {
-        for (int64_t f = begin; f < end; f += kLanes) {
-            const char* const from = factor.at(block.sample, block.first + t, f);
-            const int64_t tokens = std::min(kLanes, block.tokens - t), features = std::min(kLanes, end - f);
-            float* const to = out + (f - begin) * length + t;
+    const int64_t length = round_up(source.rows, kLanes);
+    for (int64_t t = 0; t < source.rows; t += kLanes) {
+        for (int64_t f = 0; f < source.columns; f += kLanes) {
+            const int64_t tokens = std::min(kLanes, source.rows - t), features = std::min(kLanes, source.columns - f);
+            const void* const from = source.at(t, f);
+            float* const to = out + f * length + t;
             const auto read = [&](const auto* values) {
-                read_square(values, factor.token_stride, factor.feature_stride, tokens, features, square.data());
+                read_square(values, source.row_stride, source.column_stride, tokens, features, square.data());
             };
-            if (factor.dtype == ScalarType::BFloat16) {
-                read(reinterpret_cast<const torch::headeronly::BFloat16*>(from));
-            } else if (factor.dtype == ScalarType::Half) {
-                read(reinterpret_cast<const torch::headeronly::Half*>(from));
-            } else if (tokens == kLanes && features == kLanes && factor.feature_stride == 1) {
-                transpose_square(reinterpret_cast<const float*>(from), factor.token_stride, to, length);
+            if (source.dtype == ScalarType::BFloat16) {
+                read(static_cast<const torch::headeronly::BFloat16*>(from));
+            } else if (source.dtype == ScalarType::Half) {
+                read(static_cast<const torch::headeronly::Half*>(from));
+            } else if (tokens == kLanes && features == kLanes && source.column_stride == 1) {
+                transpose_square(static_cast<const float*>(from), source.row_stride, to, length);
                 continue;
             } else {
-                read(reinterpret_cast<const float*>(from));
+                read(static_cast<const float*>(from));
             }
             transpose_square(square.data(), kLanes, to, length);
         }
