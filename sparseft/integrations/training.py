@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import tempfile
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sparseft.compact import compact_gradients
 from sparseft.delta import save_delta
 from sparseft.integrations import measure
 from sparseft.integrations.encoding import Encoded
@@ -145,7 +147,7 @@ def train(
     seed: int = 0,
     progress: bool = True,
 ) -> Result:
-    """Fine-tune a model in place, what the mask leaves out frozen, and measure it on the dev split.
+    """Fine-tune a model in place, with compact gradients if there is a mask, and measure it on the dev split.
 
     The schedule is the same for every method: AdamW, a linear warm-up over a tenth of the steps, then linear decay to
     zero; no gradient clipping.
@@ -178,18 +180,18 @@ def train(
         lr = DEFAULT_LR[method]
     model = loaded.model.to(device())
     measure.reset_peak_memory()
-    groups = _groups(loaded, mask)
-    if len(groups) == 1:
-        if head_lr is not None:
+    steps = max_steps or math.ceil(math.ceil(len(encoded.train) / batch_size) * epochs)
+    with compact_gradients(model, mask) if mask else contextlib.nullcontext():
+        groups = _groups(loaded, mask)
+        if len(groups) > 1:
+            head_lr = groups[-1]["lr"] = head_lr or HEAD_LR
+        elif head_lr is not None:
             raise ValueError(
                 f"head_lr is for new parameters that train beside others, got {head_lr} for {method}; use lr"
             )
-    else:
-        head_lr = groups[-1]["lr"] = head_lr or HEAD_LR
-    optimizer = _optimizer(groups, mask, lr, weight_decay)
-    steps = max_steps or math.ceil(math.ceil(len(encoded.train) / batch_size) * epochs)
-    clock = _fit(model, encoded, optimizer, steps, batch_size, bf16, seed, progress)
-    peak = measure.peak_memory()
+        optimizer = _optimizer(groups, mask, lr, weight_decay)
+        clock = _fit(model, encoded, optimizer, steps, batch_size, bf16, seed, progress)
+        peak = measure.peak_memory()
     evaluation = evaluate(model, encoded, encoded.dev, progress=progress)
     if not bool(torch.isfinite(evaluation.outputs).all()):
         raise RuntimeError(f"training diverged at learning rate {lr}: the outputs are not finite; choose a lower one")
