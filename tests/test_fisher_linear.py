@@ -87,9 +87,14 @@ def test_zeros_between_tokens_that_count_do_count(generator):
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 def test_layers_of_one_call_are_what_they_are_alone(generator, dtype):
     sizes = [(8, 40, 384, 384), (8, 40, 384, 900), (5, 1, 300, 520), (2, 3, 5, 7), (8, 40, 1, 1), (8, 40, 600, 64)]
-    layers = [(torch.rand(o, i), *padded_layer(generator, dtype, n, t, i, o)) for n, t, i, o in sizes]
+    layers = [
+        (torch.rand(o, i, generator=generator), *padded_layer(generator, dtype, n, t, i, o)) for n, t, i, o in sizes
+    ]
     lists = tuple(list(tensors) for tensors in zip(*layers, strict=True))
-    testing.assert_matches_reference("fisher_linears_", sparse.fisher_linears_, testing.Sample("layers", lists))
+    # of a layer with one entry plain PyTorch may by chance err by nothing
+    testing.assert_matches_reference(
+        "fisher_linears_", sparse.fisher_linears_, testing.Sample("layers", lists), ulps=4
+    )
 
 
 @pytest.mark.parametrize(

@@ -4,9 +4,7 @@
 //
 // SPARSEFT_TARGET: attribute that names the unit; SPARSEFT_LANES: floats of a vector. Both end with this file.
 
-// Not aligned: GCC heeds what is said of the type when it casts pointers to it, clang what is said of the name.
-using Vector __attribute__((aligned(sizeof(float)), may_alias)) =
-    float __attribute__((vector_size(SPARSEFT_LANES * sizeof(float)), aligned(sizeof(float)), may_alias));
+using Vector = float __attribute__((vector_size(SPARSEFT_LANES * sizeof(float))));
 
 template <bool kSquared>
 SPARSEFT_TARGET void add(const float* dy, const float* x, int64_t tokens, float weight, float* out, int64_t stride) {
@@ -17,9 +15,12 @@ SPARSEFT_TARGET void add(const float* dy, const float* x, int64_t tokens, float 
             Vector sum[kBlockRows][kVectors] = {};
             const int64_t end = std::min(tokens, first + kTokensInOneSum);
             for (int64_t t = first; t < end; ++t) {
-                const auto* x_vectors = reinterpret_cast<const Vector*>(x + t * kBlockColumns + column);
+                Vector values[kVectors];
+                for (int64_t v = 0; v < kVectors; ++v) {
+                    std::memcpy(&values[v], x + t * kBlockColumns + column + v * SPARSEFT_LANES, sizeof(Vector));
+                }
                 for (int64_t row = 0; row < kBlockRows; ++row) {
-                    for (int64_t v = 0; v < kVectors; ++v) sum[row][v] += dy[t * kBlockRows + row] * x_vectors[v];
+                    for (int64_t v = 0; v < kVectors; ++v) sum[row][v] += dy[t * kBlockRows + row] * values[v];
                 }
             }
             for (int64_t row = 0; row < kBlockRows; ++row) {
@@ -27,9 +28,12 @@ SPARSEFT_TARGET void add(const float* dy, const float* x, int64_t tokens, float 
             }
         }
         for (int64_t row = 0; row < kBlockRows; ++row) {
-            auto* out_vectors = reinterpret_cast<Vector*>(out + row * stride + column);
             for (int64_t v = 0; v < kVectors; ++v) {
-                out_vectors[v] += weight * (kSquared ? total[row][v] * total[row][v] : total[row][v]);
+                float* const entries = out + row * stride + column + v * SPARSEFT_LANES;
+                Vector values;
+                std::memcpy(&values, entries, sizeof(values));
+                values += weight * (kSquared ? total[row][v] * total[row][v] : total[row][v]);
+                std::memcpy(entries, &values, sizeof(values));
             }
         }
     }
