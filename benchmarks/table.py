@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import ird_table
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -107,8 +108,7 @@ def demo(folder: Path) -> str:
     """Return the newest run of the demo, a line a method."""
     blocks = []
     for file in sorted(folder.glob("demo-*.csv")):
-        with file.open(newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened))
+        rows = _rows(file)
         run = [row for row in rows if (row["commit"], row["date"]) == (rows[-1]["commit"], rows[-1]["date"])]
         seeds: dict[str, dict[str, Row]] = {}
         for row in run:
@@ -145,7 +145,30 @@ def _demo_table(methods: list[list[Row]]) -> str:
     return f"{heading}\n\n{_markdown(header, lines)}"
 
 
-TABLES: dict[str, Callable[[Path], str]] = {"benchmarks": benchmarks, "headlines": headlines, "demo": demo}
+def ird(folder: Path) -> str:
+    """Return what the rows of ird.py say, a table a machine."""
+    blocks = []
+    for file in sorted(folder.glob("ird-*.csv")):
+        if "samples" not in file.name:
+            rows = _rows(file)
+            seen = ", ".join(dict.fromkeys(f"{row['device']}; torch {row['torch']}" for row in rows))
+            dates = sorted({row["date"] for row in rows})
+            heading = f"{len(rows)} runs, measured on {seen}; {dates[0]} to {dates[-1]}:"
+            blocks.append(f"{heading}\n\n{ird_table.table(rows, ['ird', 'fish', 'reverse', 'random'])}")
+    return "\n\n".join(blocks)
+
+
+TABLES: dict[str, Callable[[Path], str]] = {
+    "benchmarks": benchmarks,
+    "headlines": headlines,
+    "demo": demo,
+    "ird": ird,
+}
+
+
+def _rows(path: Path) -> list[Row]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
 
 
 def filled(page: str, results: Path) -> str:
