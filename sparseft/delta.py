@@ -122,6 +122,8 @@ class AppliedDelta:
     def swap(self) -> None:
         """Exchange the delta's values and the model's."""
         torch.ops.sparseft.delta_swap_(self._entries, self._indices, self._values)
+        # a backward pass through a forward pass from before is now an error, as after any change in place
+        torch.autograd.graph.increment_version(self._entries)
         for whole, other in zip(self._wholes, self._others, strict=True):
             replaced = whole.clone()
             whole.copy_(other)

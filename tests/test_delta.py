@@ -177,3 +177,14 @@ def test_saving_for_the_wrong_mask_is_refused(tmp_path):
     with pytest.raises(ValueError, match="another model"):
         sparseft.save_delta(torch.nn.Linear(3, 3), mask, tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
+
+
+def test_backward_after_a_swap_is_an_error():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Linear(5, 2))
+    mask = sparseft.select("random", model, density=0.3)
+    values = {name: model.get_parameter(name).detach().view(-1)[index.long()] + 1 for name, index in mask.items()}
+    loss = model(torch.randn(3, 6)).sum()
+    sparseft.Delta(mask, values, {}).apply(model)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
