@@ -167,7 +167,7 @@ def selected_grad_plan(indices: Tensor, out_features: int, in_features: int) -> 
 def choose_tile(x: Tensor, dy: Tensor) -> tiles.Tile:
     """Return the tile that suits the inputs and the GPU; all are PANEL columns wide."""
     if x.dtype == torch.float32:
-        return tiles.Tile(64, PANEL, 16, 8, 3)
+        return tiles.Tile(32, PANEL, 16, 8, 3)
     hopper, _ = tiles.gpu(x.device)
     if not tiles.aligned(x[None], dy[None]):
         return tiles.Tile(64, PANEL, 32, 8, 3)
