@@ -54,6 +54,7 @@ def _product(
     if strides is not None:
         out_features, in_features = sizes
         x_stride, dy_stride = strides
+        block = tl.full((), BLOCK_T, tl.int64)
         o, i = first_o + tl.arange(0, BLOCK_O), first_i + tl.arange(0, BLOCK_I)
         dy_tile = dy + (first + t)[:, None].to(tl.int64) * dy_stride + o[None, :]
         x_tile = x + (first + t)[:, None].to(tl.int64) * x_stride + i[None, :]
@@ -65,8 +66,8 @@ def _product(
             present = (t < end - token)[:, None]
             dy_block = tl.load(dy_tile, mask=present & inside_o, other=0.0)
             x_block = tl.load(x_tile, mask=present & inside_i, other=0.0)
-            dy_tile += BLOCK_T * dy_stride
-            x_tile += BLOCK_T * x_stride
+            dy_tile += block * dy_stride
+            x_tile += block * x_stride
         if UPCAST:
             dy_block, x_block = dy_block.to(tl.float32), x_block.to(tl.float32)
         grad = tl.dot(tl.trans(dy_block), x_block, grad, input_precision="ieee")

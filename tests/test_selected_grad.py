@@ -72,6 +72,33 @@ def test_results_do_not_depend_on_the_number_of_threads(generator, restore_threa
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("threads", [1, 3])
+def test_whole_rows_and_columns(generator, restore_threads, threads):
+    """Masks with structure: some neurons, some features; a few rows hold most of the work."""
+    torch.set_num_threads(threads)
+    chosen = torch.zeros(300, 3000, dtype=torch.bool)
+    chosen[[3, 4, 200]] = True
+    chosen[:, [17, 2999]] = True
+    indices = chosen.flatten().nonzero().flatten().int()
+    x, dy = torch.randn(70, 3000, generator=generator), torch.randn(70, 300, generator=generator)
+    sample = testing.Sample("rows and columns", (torch.zeros(len(indices)), x, dy, indices))
+    for function in LAUNCHERS:
+        testing.assert_matches_reference("selected_grad_", function, sample.map(lambda t: t.to(DEVICE)))
+
+
+def test_tokens_may_lie_far_apart(generator):
+    """Further than 2^31 elements from first to last, and more than that from block to block."""
+    memory, stride = torch.empty(2**31 + 2000, dtype=torch.float16, device=DEVICE), 2**26 + 5
+    x, dy = memory.as_strided((33, 20), (stride, 1)), torch.randn(33, 9, generator=generator).half().to(DEVICE)
+    x.copy_(torch.randn(33, 20, generator=generator))
+    indices = testing.random_indices(180, 50, generator).to(DEVICE)
+    wanted = gradient_by_autograd(x, dy, indices).float()
+    for function in LAUNCHERS:
+        grad = torch.zeros(50, device=DEVICE)
+        function(grad, x, dy, indices)
+        torch.testing.assert_close(grad, wanted, rtol=1e-5, atol=1e-5)
+
+
 def test_uses_of_a_weight_add_up(generator):
     """Two halves of the tokens, one after the other, against all of them at once."""
     grad, x, dy, indices = sample_of(generator, torch.float32, 96, 40, 50, 300).args
