@@ -159,17 +159,17 @@ class SampledProduct {
                 blocks.push_back({sample, first, std::min(most, tokens - first), start});
                 start += blocks.back().padded();
                 if ((start + most) * width_ <= kScratchFloats) continue;
-                add(blocks, start, scratch.data());
+                add_blocks(blocks, start, scratch.data());
                 blocks.clear();
                 start = 0;
             }
         }
-        if (start > 0) add(blocks, start, scratch.data());
+        if (start > 0) add_blocks(blocks, start, scratch.data());
     }
 
   private:
-    // transposed: [blocks, width_, the block's tokens].
-    void add(const std::vector<TokenBlock>& blocks, int64_t tokens, float* transposed) const {
+    // tokens: of all blocks, with what fills them up; transposed: [width_, its tokens] for each block.
+    void add_blocks(const std::vector<TokenBlock>& blocks, int64_t tokens, float* transposed) const {
         const int64_t groups = width_ / kLanes, items = groups * static_cast<int64_t>(blocks.size());
         const int64_t grain = std::max<int64_t>(1, kShare * items / (tokens * width_));
         torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
@@ -188,13 +188,13 @@ class SampledProduct {
             const int64_t end = entries_.first_piece(last_part, parts);
             for (const TokenBlock& block : blocks) {
                 for (int64_t i = begin; i < end; ++i) {
-                    add(block, entries_.piece(i), transposed + block.start * width_, rows.data());
+                    add_piece(block, entries_.piece(i), transposed + block.start * width_, rows.data());
                 }
             }
         });
     }
 
-    void add(const TokenBlock& block, const EntryPiece& piece, const float* transposed, float* rows) const {
+    void add_piece(const TokenBlock& block, const EntryPiece& piece, const float* transposed, float* rows) const {
         transpose(left_.at(block, piece.row, std::min(piece.row + kLeftRows, left_.first.columns)), rows);
         add_dots(rows, transposed, entries_.data() + piece.begin, piece.end - piece.begin, block.padded(),
                  out_ + block.sample * entries_.size() + piece.begin);
