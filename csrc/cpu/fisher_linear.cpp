@@ -1,6 +1,7 @@
 // fisher_linear_ and fisher_linears_ on the CPU. What they compute: sparseft/reference.py; how the work is cut:
 // fisher_tiles.h.
 #include <algorithm>
+#include <cstring>
 #include <optional>
 #include <vector>
 
@@ -39,7 +40,9 @@ SPARSEFT_SIMD double add_and_sum_squares(const Product& product, int64_t rows, i
         for (int64_t j = 0; j < kBlockColumns; ++j) squares[j] = product[i][j] * product[i][j];
         for (int64_t j = 0; j < columns; ++j) fisher[j] += weight * squares[j];
         if (selected) {
-            for (int64_t j = 0; j < columns; ++j) sums[j] += selected[i * stride + j] ? squares[j] : 0;
+            uint8_t chosen[kBlockColumns] = {};  // of bool GCC makes no vectors
+            std::memcpy(chosen, selected + i * stride, columns);
+            for (int64_t j = 0; j < kBlockColumns; ++j) sums[j] += chosen[j] ? squares[j] : 0;
         } else {
             for (int64_t j = 0; j < kBlockColumns; ++j) sums[j] += squares[j];
         }
