@@ -12,7 +12,7 @@ from sparseft.compact import CompactGradients, compact_gradients
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
 from sparseft.fisher import FisherScores, estimate_fisher, sample_gradients
 from sparseft.mask import Mask
-from sparseft.optim import SparseAdamW, SparseLion, SparseSGD
+from sparseft.optim import SparseAdamW, SparseLion, SparseSGD, step_in_backward
 from sparseft.selection import IRDPath, ird_search, select, top_k
 
 __version__ = importlib.metadata.version("sparseft")
@@ -34,5 +34,6 @@ __all__ = [
     "sample_gradients",
     "save_delta",
     "select",
+    "step_in_backward",
     "top_k",
 ]

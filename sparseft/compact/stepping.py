@@ -22,22 +22,26 @@ from sparseft.entries import SelectedEntries
 def following(model: nn.Module, entries: Mapping[str, SelectedEntries]) -> Iterator[None]:
     """Before a step of any optimizer, take what was changed in the weights into the leaves; after it, the reverse."""
     own = {id(leaf): name for name, leaf in entries.items()}
+    stepping: dict[str, SelectedEntries] = {}
 
-    def stepped(optimizer: Optimizer) -> dict[str, SelectedEntries]:
+    def with_gradients(optimizer: Optimizer) -> dict[str, SelectedEntries]:
         params = (param for group in optimizer.param_groups for param in group["params"])
-        return {own[id(param)]: param for param in params if id(param) in own}
+        return {own[id(param)]: param for param in params if id(param) in own and param.grad is not None}
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        leaves = stepped(optimizer)
+        leaves = with_gradients(optimizer)
         with torch._C.DisableTorchFunctionSubclass():
             for name, leaf in leaves.items():
                 _check(model, name, leaf)
         if not _writes(optimizer):
             refresh(list(leaves.values()))
+            stepping.update(leaves)
 
     def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
         if not _writes(optimizer):
-            write(list(stepped(optimizer).values()))
+            # gradients may be freed in the step, or come about in it, in a closure
+            write(list({**stepping, **with_gradients(optimizer)}.values()))
+            stepping.clear()
 
     handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
     try:
