@@ -56,6 +56,8 @@ inline const char* dtype_name(ScalarType dtype) {
             return "int32";
         case ScalarType::Long:
             return "int64";
+        case ScalarType::Byte:
+            return "uint8";
         case ScalarType::Bool:
             return "bool";
         default:

@@ -42,6 +42,9 @@ SPARSEFT_HOST_DEVICE uint32_t random_bits(uint32_t key, int64_t position) {
     return mix(mix(static_cast<uint32_t>(position) ^ key) + (static_cast<uint32_t>(position >> 32) ^ key));
 }
 
+// Others for a state of the same entry.
+SPARSEFT_HOST_DEVICE uint32_t random_of_state(uint32_t random, int state) { return mix(random + 1 + state); }
+
 // Round to a neighbour among the bf16 numbers, up with the probability that makes the mean right.
 SPARSEFT_HOST_DEVICE float round_to_bfloat16(float value, uint32_t random) {
     const uint32_t bits = bits_of(value);
@@ -59,5 +62,39 @@ SPARSEFT_HOST_DEVICE float round_to_half(float value, uint32_t random) {
     const float rounded = from_bits((bits_of(magnitude + moved_by) + (random & 0x1fffu)) & 0xffffe000u) - moved_by;
     return (bits & 0x7f800000u) == 0x7f800000u ? value : from_bits(bits_of(rounded) | sign);
 }
+
+// An optimizer's states in 8 bits an entry, with an fp32 scale for every 256 of them: the largest magnitude. A code is
+// the exponent and the first three digits of magnitude / scale + 2^-kOctaves, so that steps are about a tenth of what
+// they are steps of down to there, and even below. A first state has a sign, and 15 octaves; a second one is a mean of
+// squares, and has 31: what is 2^-15 of the block's largest gradient is still told from 0.
+constexpr int64_t kCodeBlock = 256;
+
+SPARSEFT_HOST_DEVICE int64_t code_blocks(int64_t k) { return (k + kCodeBlock - 1) / kCodeBlock; }
+
+template <bool kSquares>
+struct Code {
+    static constexpr uint32_t kOctaves = kSquares ? 31 : 15, kLargest = kSquares ? 255 : 127;
+    static constexpr uint32_t kOffset = (127 - kOctaves) << 23;  // 2^-kOctaves
+    static constexpr int kDropped = 20;
+
+    static SPARSEFT_HOST_DEVICE float decode(uint32_t code, float scale) {
+        const float magnitude = from_bits(((code & kLargest) << kDropped) + kOffset) - from_bits(kOffset);
+        return (!kSquares && code > kLargest ? -magnitude : magnitude) * scale;
+    }
+
+    // `scale` is no less than the magnitude. Rounded up with the probability that makes the mean right: a mean of
+    // squares moves by a thousandth a step, which rounding to the nearest would never see. One that is not 0 does not
+    // become 0: the next step divides by its root.
+    static SPARSEFT_HOST_DEVICE uint32_t encode(float value, float scale, uint32_t random) {
+        const uint32_t bits = bits_of(value), sign = kSquares ? 0 : bits >> 31 << 7;
+        const float magnitude = from_bits(bits & 0x7fffffffu);
+        const float share = scale > 0 ? magnitude / scale : 0;
+        const uint32_t rounded = bits_of(share + from_bits(kOffset)) + (random & ((1u << kDropped) - 1));
+        uint32_t code = (rounded >> kDropped) - (kOffset >> kDropped);
+        code = code < kLargest ? code : kLargest;
+        if (kSquares && code == 0 && magnitude > 0) code = 1;
+        return code | sign;
+    }
+};
 
 }  // namespace sparseft

@@ -31,9 +31,9 @@ template <class Device>
 void adamw_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
             const TensorList& exp_avg_sqs, const TensorList& masters, const TensorList& steps, double beta1,
             double beta2, double eps, double lr, double weight_decay, bool maximize, const MaybeTensorList& pretrained,
-            const MaybeIntegers& seeds, const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale,
-            const MaybeTensor& found_inf) {
-    StepArguments arguments{"adamw_", params, grads, indices, masters, steps, pretrained, seeds};
+            const MaybeIntegers& seeds, const MaybeTensorList& scales, const MaybeTensor& lr_tensor,
+            const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    StepArguments arguments{"adamw_", params, grads, indices, masters, steps, pretrained, seeds, scales};
     arguments.states = {{"exp_avgs", &exp_avgs}, {"exp_avg_sqs", &exp_avg_sqs}};
     optimizer_op<Device>(AdamW{beta1, beta2, eps, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
                          found_inf);
@@ -43,8 +43,9 @@ template <class Device>
 void lion_(const TensorList& params, const TensorList& grads, const TensorList& indices, const TensorList& exp_avgs,
            const TensorList& masters, const TensorList& steps, double beta1, double beta2, double lr,
            double weight_decay, bool maximize, const MaybeTensorList& pretrained, const MaybeIntegers& seeds,
-           const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
-    StepArguments arguments{"lion_", params, grads, indices, masters, steps, pretrained, seeds};
+           const MaybeTensorList& scales, const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale,
+           const MaybeTensor& found_inf) {
+    StepArguments arguments{"lion_", params, grads, indices, masters, steps, pretrained, seeds, scales};
     arguments.states = {{"exp_avgs", &exp_avgs}};
     optimizer_op<Device>(Lion{beta1, beta2, weight_decay}, arguments, false, lr, maximize, lr_tensor, grad_scale,
                          found_inf);
@@ -54,9 +55,9 @@ template <class Device>
 void sgd_(const TensorList& params, const TensorList& grads, const TensorList& indices,
           const TensorList& momentum_buffers, const TensorList& masters, const TensorList& steps, double momentum,
           double dampening, bool nesterov, double lr, double weight_decay, bool maximize,
-          const MaybeTensorList& pretrained, const MaybeIntegers& seeds, const MaybeTensor& lr_tensor,
-          const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
-    StepArguments arguments{"sgd_", params, grads, indices, masters, steps, pretrained, seeds};
+          const MaybeTensorList& pretrained, const MaybeIntegers& seeds, const MaybeTensorList& scales,
+          const MaybeTensor& lr_tensor, const MaybeTensor& grad_scale, const MaybeTensor& found_inf) {
+    StepArguments arguments{"sgd_", params, grads, indices, masters, steps, pretrained, seeds, scales};
     arguments.states = {{"momentum_buffers", &momentum_buffers}};
     optimizer_op<Device>(SGD{momentum, dampening, weight_decay, nesterov}, arguments, momentum == 0, lr, maximize,
                          lr_tensor, grad_scale, found_inf);

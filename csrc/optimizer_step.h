@@ -15,14 +15,15 @@ namespace sparseft {
 
 constexpr int kMaxStates = 2;
 
-// One parameter of a step. The states are fp32 [k]; one that the options do not need is null, and so is `master`
-// where there is none.
+// One parameter of a step. The states are fp32 [k] or, where there are scales, codes [k] of low_bits.h; one that the
+// options do not need is null, and so is `master` where there is none.
 struct ParameterStep {
     Selection at;
     const void* grad;
     float* master;
     const void* pretrained;  // [k], what decay pulls to, in the parameter's dtype; null: zero
-    float* states[kMaxStates];
+    void* states[kMaxStates];
+    float* scales;       // a row a state, null for states in fp32
     const float* count;  // of steps, this one included when it is read
     uint32_t seed;       // mixed
     ScalarType dtype;
@@ -58,6 +59,7 @@ struct StepArguments {
     const std::vector<Tensor>& steps;
     const std::optional<std::vector<Tensor>>& pretrained;
     const std::optional<std::vector<int64_t>>& seeds;
+    const std::optional<std::vector<Tensor>>& scales;
     std::vector<std::pair<const char*, const std::vector<Tensor>*>> states = {};
 };
 
@@ -69,27 +71,33 @@ inline float* scalar(const Argument& argument, const Tensor& tensor, const Place
     return static_cast<float*>(tensor.data_ptr());
 }
 
-// fp32 values beside the selected entries, or null for an empty tensor where that is allowed.
-inline float* per_entry(const Argument& argument, const Tensor& tensor, int64_t k, bool may_be_empty,
-                        const Place& place) {
+// Values beside the selected entries, or null for an empty tensor where that is allowed.
+inline void* per_entry(const Argument& argument, const Tensor& tensor, ScalarType dtype, int64_t k, bool may_be_empty,
+                       const Place& place) {
     if (may_be_empty && tensor.numel() == 0) return nullptr;
-    check_dtype(argument, tensor, {ScalarType::Float});
+    check_dtype(argument, tensor, {dtype});
     check_numel(argument, tensor, k, "one a selected entry");
     check_contiguous(argument, tensor);
     check_device(argument, tensor, place);
-    return static_cast<float*>(tensor.data_ptr());
+    return tensor.data_ptr();
+}
+
+// The scales of the codes that the states of parameter i are, or null.
+inline float* scales_of_codes(const StepArguments& a, int64_t i, int64_t k, const Place& place) {
+    if (!a.scales) return nullptr;
+    const Argument argument{a.op, "scales", i};
+    const Tensor& scales = (*a.scales)[i];
+    check_dtype(argument, scales, {ScalarType::Float});
+    check_numel(argument, scales, a.states.size() * code_blocks(k), "one a state and 256 entries");
+    check_contiguous(argument, scales);
+    check_device(argument, scales, place);
+    return static_cast<float*>(scales.data_ptr());
 }
 
 // The values that decay pulls the weights of parameter i to, or null.
 inline const void* decay_target(const StepArguments& a, int64_t i, int64_t k, const Place& place) {
     if (!a.pretrained) return nullptr;
-    const Argument argument{a.op, "pretrained", i};
-    const Tensor& values = (*a.pretrained)[i];
-    check_dtype(argument, values, {dtype_of(a.params[i])});
-    check_numel(argument, values, k, "one a selected entry");
-    check_contiguous(argument, values);
-    check_device(argument, values, place);
-    return values.data_ptr();
+    return per_entry({a.op, "pretrained", i}, (*a.pretrained)[i], dtype_of(a.params[i]), k, false, place);
 }
 
 // The gradient's data, contiguous; `copies` keeps what had to be made so.
@@ -119,12 +127,14 @@ inline void add_parameter(const StepArguments& a, size_t i, bool stateless, cons
     step.grad = contiguous_data(grad, work.copies);
     step.dtype = dtype_of(param);
     step.grad_dtype = dtype_of(grad);
+    const ScalarType state_dtype = a.scales ? ScalarType::Byte : ScalarType::Float;
     for (size_t s = 0; s < a.states.size(); ++s) {
         const auto& [name, list] = a.states[s];
-        step.states[s] = per_entry(at(name), (*list)[i], k, stateless, place);
+        step.states[s] = per_entry(at(name), (*list)[i], state_dtype, k, stateless, place);
     }
     step.pretrained = decay_target(a, i, k, place);
-    step.master = per_entry(at("masters"), a.masters[i], k, true, place);
+    step.scales = scales_of_codes(a, i, k, place);
+    step.master = static_cast<float*>(per_entry(at("masters"), a.masters[i], ScalarType::Float, k, true, place));
     step.seed = a.seeds ? mixed_seed((*a.seeds)[i]) : 0;
     step.stochastic = a.seeds && !step.master && step.dtype != ScalarType::Float;
     float* const count = scalar(at("steps"), a.steps[i], place);
@@ -144,6 +154,12 @@ inline StepWork step_work(const StepArguments& a, bool stateless) {
     if (a.pretrained) check_length({a.op, "pretrained"}, *a.pretrained, n);
     check(!a.seeds || a.seeds->size() == n, Argument{a.op, "seeds"}, " must hold one number for each of the ", n,
           " parameters, got ", a.seeds ? a.seeds->size() : 0);
+    if (a.scales) {
+        check_length({a.op, "scales"}, *a.scales, n);
+        check(
+            a.seeds && !stateless, Argument{a.op, "scales"},
+            " are for states in 8 bits, which are rounded at random; give seeds, and leave scales out without states");
+    }
 
     StepWork work;
     work.parameters.reserve(n);

@@ -10,7 +10,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.optimizer import (
+    decayed_part,
+    launch_step,
+    learning_rate,
+    load_selected,
+    load_state,
+    store_state,
+    store_weight,
+)
 from sparseft.reference_optim import StepOptions
 
 
@@ -49,6 +57,7 @@ def _adamw_kernel(
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -60,12 +69,12 @@ def _adamw_kernel(
     index, grad, weight = load_selected(
         row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
     )
-    first, second = pointer(row, STATES, tl.float32) + element, pointer(row, STATES + 1, tl.float32) + element
-    exp_avg = tl.load(first, mask=exists, other=0.0)
+    exp_avg = load_state(row, element, exists, 0, LOW_BITS)
+    exp_avg_sq = load_state(row, element, exists, 1, LOW_BITS)
     exp_avg += (grad - exp_avg) * one_minus_beta1
-    exp_avg_sq = tl.load(second, mask=exists, other=0.0) * beta2 + grad * grad * one_minus_beta2
-    tl.store(first, exp_avg, mask=exists)
-    tl.store(second, exp_avg_sq, mask=exists)
+    exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
+    store_state(row, element, index, exists, exp_avg, 0, LOW_BITS, CHUNK)
+    store_state(row, element, index, exists, exp_avg_sq, 1, LOW_BITS, CHUNK)
     step = tl.load(pointer(row, 5, tl.float32))
     correction1, correction2 = _one_minus_exp(step * log_beta1), _one_minus_exp(step * log_beta2)
     denominator = tl.sqrt_rn(exp_avg_sq) * tl.div_rn(1.0, tl.sqrt_rn(correction2)) + eps

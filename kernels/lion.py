@@ -8,8 +8,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.multi_tensor import find_chunk
+from sparseft.kernels.optimizer import (
+    decayed_part,
+    launch_step,
+    learning_rate,
+    load_selected,
+    load_state,
+    store_state,
+    store_weight,
+)
 from sparseft.reference_optim import StepOptions
 
 
@@ -30,6 +38,7 @@ def _lion_kernel(
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
@@ -41,10 +50,10 @@ def _lion_kernel(
     index, grad, weight = load_selected(
         row, element, exists, grad_scale, PARAM, GRAD, INDEX, COMPACT, HAS_MASTER, MAXIMIZE
     )
-    state = pointer(row, STATES, tl.float32) + element
-    exp_avg = tl.load(state, mask=exists, other=0.0)
+    exp_avg = load_state(row, element, exists, 0, LOW_BITS)
     mean = exp_avg + (grad - exp_avg) * one_minus_beta1
-    tl.store(state, exp_avg + (grad - exp_avg) * one_minus_beta2, mask=exists)
+    exp_avg += (grad - exp_avg) * one_minus_beta2
+    store_state(row, element, index, exists, exp_avg, 0, LOW_BITS, CHUNK)
     # a NaN stays one
     sign = tl.where(mean > 0, 1.0, tl.where(mean < 0, -1.0, mean))
     decay = weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)

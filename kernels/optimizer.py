@@ -1,7 +1,7 @@
 """What the optimizers share: gradients and weights read at the selected entries, weights written back, the launch.
 
-Columns of their table: k, indices, gradient, parameter, master, step, pretrained, mixed seed, then the optimizer's
-states. What is not needed is 0.
+Columns of their table: k, indices, gradient, parameter, master, step, pretrained, mixed seed, scales, then the
+optimizer's states. What is not needed is 0.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.checks import FLOAT32, check_lengths, check_tensor
-from sparseft.kernels.low_bits import random_bits, random_key, round_stochastically
+from sparseft.kernels.low_bits import load_codes, random_bits, random_key, round_stochastically, store_codes
 from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
-from sparseft.low_bits import mixed_seed
+from sparseft.low_bits import code_blocks, mixed_seed
 from sparseft.reference_optim import StepOptions
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
 # the first column of the states
-STATES = tl.constexpr(8)
+STATES = tl.constexpr(9)
+_SCALES = tl.constexpr(8)
 
 
 @triton.jit
@@ -64,13 +65,37 @@ def decayed_part(row, element, exists, weight, PARAM: tl.constexpr, HAS_PRETRAIN
 
 
 @triton.jit
+def load_state(row, element, exists, STATE: tl.constexpr, LOW_BITS: tl.constexpr):
+    """Return fp32 values of a state: the first, 0, or the second, 1."""
+    if LOW_BITS:
+        return load_codes(row, element, exists, STATES + STATE, _SCALES, STATE)
+    else:
+        return tl.load(pointer(row, STATES + STATE, tl.float32) + element, mask=exists, other=0.0)
+
+
+@triton.jit
+def store_state(row, element, index, exists, value, STATE: tl.constexpr, LOW_BITS: tl.constexpr, CHUNK: tl.constexpr):
+    """Write fp32 values of a state."""
+    if LOW_BITS:
+        random = _random(row, index)
+        store_codes(row, element, exists, value, random, STATES + STATE, _SCALES, STATE, CHUNK)
+    else:
+        tl.store(pointer(row, STATES + STATE, tl.float32) + element, value, mask=exists)
+
+
+@triton.jit
+def _random(row, index):
+    """Return the random bits of selected positions at this step."""
+    return random_bits(random_key(tl.load(row + 7), tl.load(pointer(row, 5, tl.float32))), index)
+
+
+@triton.jit
 def store_weight(
     row, element, index, exists, weight, PARAM: tl.constexpr, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr
 ):
     """Write fp32 weights to the selected positions and to their master copy."""
     if STOCHASTIC and PARAM != tl.float32 and not HAS_MASTER:
-        key = random_key(tl.load(row + 7), tl.load(pointer(row, 5, tl.float32)))
-        rounded = round_stochastically(weight, random_bits(key, index), PARAM)
+        rounded = round_stochastically(weight, _random(row, index), PARAM)
     else:
         rounded = weight.to(PARAM)
     tl.store(pointer(row, 3, PARAM) + index, rounded, mask=exists)
@@ -104,11 +129,7 @@ def launch_step(
     states: fp32 [k] tensors by name, in the order of the kernel's columns; arguments: the kernel's own numbers, after
     (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's own.
     """
-    check_lengths(params=params, grads=grads, indices=indices, masters=masters, steps=steps, **states)
-    if options.seeds is not None and len(options.seeds) != len(params):
-        raise ValueError(f"seeds must hold one number for each of the {len(params)} parameters, got {options.seeds}")
-    if options.pretrained is not None:
-        check_lengths(params=params, pretrained=options.pretrained)
+    _check_lists(params, {**states, "grads": grads, "indices": indices, "masters": masters, "steps": steps}, options)
     if not params:
         return
     device = params[0].device
@@ -126,8 +147,21 @@ def launch_step(
         "MAXIMIZE": options.maximize,
         "HAS_PRETRAINED": options.pretrained is not None,
         "STOCHASTIC": options.seeds is not None,
+        "LOW_BITS": options.scales is not None,
     }
     launch(kernel, groups, _CONSTANTS, device, *scalars, **constants)
+
+
+def _check_lists(params: list[Tensor], lists: dict[str, list[Tensor]], options: StepOptions) -> None:
+    """Raise unless there is one tensor a parameter in every list, and seeds where they are needed."""
+    optional = {"pretrained": options.pretrained, "scales": options.scales}
+    check_lengths(
+        params=params, **lists, **{name: tensors for name, tensors in optional.items() if tensors is not None}
+    )
+    if options.seeds is not None and len(options.seeds) != len(params):
+        raise ValueError(f"seeds must hold one number for each of the {len(params)} parameters, got {options.seeds}")
+    if options.scales is not None and options.seeds is None:
+        raise ValueError("states in 8 bits are rounded at random, got scales and no seeds; give seeds")
 
 
 def _group(
@@ -153,14 +187,34 @@ def _group(
         check_tensor("indices", i, index, k, INDICES, device)
         if master.numel():
             check_tensor("masters", i, master, k, FLOAT32, device)
-        if options.pretrained is not None:
-            check_tensor("pretrained", i, options.pretrained[i], k, (param.dtype,), device)
-        for name, tensors in states.items():
-            check_tensor(name, i, tensors[i], k, FLOAT32, device)
         kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)
-        pretrained = options.pretrained[i].data_ptr() if options.pretrained is not None else 0
         columns = [tensor.data_ptr() for tensor in (index, grad, param, master, step)]
-        seed = mixed_seed(options.seeds[i]) if options.seeds is not None else 0
-        addresses = [tensors[i].data_ptr() for tensors in states.values()]
-        groups.setdefault(kind, []).append((k, *columns, pretrained, seed, *addresses))
+        row = (
+            k,
+            *columns,
+            *_optional_columns(i, param, k, len(states), options),
+            *_state_columns(i, k, states, options, device),
+        )
+        groups.setdefault(kind, []).append(row)
     return groups
+
+
+def _optional_columns(i: int, param: Tensor, k: int, states: int, options: StepOptions) -> Row:
+    """Return what columns 6 to 8 of the table hold for parameter i."""
+    pretrained = seed = scales = 0
+    if options.pretrained is not None:
+        check_tensor("pretrained", i, options.pretrained[i], k, (param.dtype,), param.device)
+        pretrained = options.pretrained[i].data_ptr()
+    if options.seeds is not None:
+        seed = mixed_seed(options.seeds[i])
+    if options.scales is not None:
+        check_tensor("scales", i, options.scales[i], states * code_blocks(k), FLOAT32, param.device)
+        scales = options.scales[i].data_ptr()
+    return pretrained, seed, scales
+
+
+def _state_columns(i: int, k: int, states: dict[str, list[Tensor]], options: StepOptions, device: torch.device) -> Row:
+    dtype = FLOAT32 if options.scales is None else (torch.uint8,)
+    for name, tensors in states.items():
+        check_tensor(name, i, tensors[i], k, dtype, device)
+    return tuple(tensors[i].data_ptr() for tensors in states.values())

@@ -9,7 +9,15 @@ import triton.language as tl
 from torch import Tensor
 
 from sparseft.kernels.multi_tensor import find_chunk, pointer
-from sparseft.kernels.optimizer import STATES, decayed_part, launch_step, learning_rate, load_selected, store_weight
+from sparseft.kernels.optimizer import (
+    decayed_part,
+    launch_step,
+    learning_rate,
+    load_selected,
+    load_state,
+    store_state,
+    store_weight,
+)
 from sparseft.reference_optim import StepOptions
 
 
@@ -30,6 +38,7 @@ def _sgd_kernel(
     HAS_MASTER: tl.constexpr,
     HAS_PRETRAINED: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    LOW_BITS: tl.constexpr,
     MAXIMIZE: tl.constexpr,
     HAS_MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
@@ -45,11 +54,10 @@ def _sgd_kernel(
     )
     grad += weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     if HAS_MOMENTUM:
-        state = pointer(row, STATES, tl.float32) + element
-        buffer = tl.load(state, mask=exists, other=0.0) * momentum + one_minus_dampening * grad
+        buffer = load_state(row, element, exists, 0, LOW_BITS) * momentum + one_minus_dampening * grad
         if tl.load(pointer(row, 5, tl.float32)) == 1:
             buffer = grad
-        tl.store(state, buffer, mask=exists)
+        store_state(row, element, index, exists, buffer, 0, LOW_BITS, CHUNK)
         if NESTEROV:
             grad += momentum * buffer
         else:

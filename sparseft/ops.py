@@ -20,7 +20,7 @@ from sparseft import reference
 # what every optimizer's op takes beside its own options, see reference_optim.StepOptions
 _STEP_OPTIONS = (
     "float lr, float weight_decay, bool maximize=False, Tensor[]? pretrained=None, int[]? seeds=None, "
-    "Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
+    "Tensor(z!)[]? scales=None, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 SCHEMAS = {
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None, "

@@ -28,6 +28,8 @@ class StepOptions:
     weights to zero or to `pretrained`, one tensor [k] a parameter, in its dtype.
     seeds: one a parameter, with which bf16 and fp16 weights without a master are rounded stochastically, to either
     neighbour with the probability that makes the mean right; without seeds they are rounded to the nearest.
+    scales: one tensor a parameter, fp32 [number of states, ceil(k / 256)], if states are not fp32 but uint8, the codes
+    that `low_bits.encode` makes. They are rounded stochastically, so seeds are needed then.
     maximize: ascend. grad_scale, found_inf: GradScaler's, one fp32 value each; gradients are divided by the first, and
     nothing changes, nor counts, when the second is not 0.
     """
@@ -37,6 +39,7 @@ class StepOptions:
     maximize: bool = False
     pretrained: list[Tensor] | None = None
     seeds: list[int] | None = None
+    scales: list[Tensor] | None = None
     lr_tensor: Tensor | None = None
     grad_scale: Tensor | None = None
     found_inf: Tensor | None = None
@@ -144,6 +147,8 @@ def _step(
     options: StepOptions,
 ) -> Iterator[_Entries]:
     """Count the step, yield the entries of one parameter after the other, and write back what was made of them."""
+    if options.scales is not None and options.seeds is None:
+        raise ValueError("states in 8 bits are rounded at random, got scales and no seeds; give seeds")
     if options.found_inf is not None and options.found_inf.item():
         return
     lr = options.lr if options.lr_tensor is None else float(options.lr_tensor)
@@ -153,11 +158,19 @@ def _step(
         grad = _selected_grad(grads[i], index, options)
         weight = _selected_weight(param, index, masters[i])
         decay = options.weight_decay * (weight if options.pretrained is None else weight - options.pretrained[i])
-        yield _Entries(grad, weight, [tensors[i] for tensors in states], decay, lr, float(steps[i]))
+        kept = [tensors[i] for tensors in states]
+        if options.scales is not None:
+            kept = [low_bits.decode(codes, options.scales[i][s], s == 1) for s, codes in enumerate(kept)]
+        yield _Entries(grad, weight, kept, decay, lr, float(steps[i]))
+        random = None if options.seeds is None else low_bits.random_bits(options.seeds[i], float(steps[i]), index)
+        if options.scales is not None and random is not None:
+            for s, values in enumerate(kept):
+                codes, scales = low_bits.encode(values, s == 1, low_bits.random_of_state(random, s))
+                states[s][i].copy_(codes)
+                options.scales[i][s] = scales
         if masters[i].numel():
             masters[i].copy_(weight)
-        elif options.seeds is not None and param.dtype in (torch.bfloat16, torch.float16):
-            random = low_bits.random_bits(options.seeds[i], float(steps[i]), index)
+        elif random is not None and param.dtype in (torch.bfloat16, torch.float16):
             weight = low_bits.round_stochastically(weight, param.dtype, random)
         param.view(-1)[index.long()] = weight.to(param.dtype)
 

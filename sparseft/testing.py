@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft import ops, reference
-from sparseft.testing_optim import OPTIMIZERS, optimizer_calls
+from sparseft.testing_optim import OPTIMIZERS, decoded, optimizer_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -96,14 +97,20 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
         master if master.numel() else param.view(-1)[index.long()]
         for param, index, master in zip(params, indices, masters, strict=True)
     ]
-    states = [state for states in call.args[3:-2] for state in states]
-    return [*params, *states, *weights, *call.args[-1]]
+    states = list(call.args[3:-2])
+    if "scales" in call.kwargs:
+        states = decoded(states, call.kwargs["scales"])
+    return [*params, *itertools.chain(*states), *weights, *call.args[-1]]
 
 
 def exact(op: str, sample: Sample) -> list[Tensor]:
     """Return what `observe` should see, computed by the reference in fp64."""
     if op == "topk_indices":
         return observe(op, reference.topk_indices, sample)
+    if "scales" in sample.kwargs:
+        states = decoded(list(sample.args[3:-2]), sample.kwargs["scales"])
+        kwargs = {key: value for key, value in sample.kwargs.items() if key != "scales"}
+        sample = Sample(sample.id, (*sample.args[:3], *states, *sample.args[-2:]), kwargs)
     double = sample.map(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
     if op in OPTIMIZERS:
         # fp64 weights need no master: they start where the master is, unless the weight was changed from outside

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseft import low_bits
+
 # op -> names of its states, its options, and calls that only it knows: what is odd, compact gradients, more options
 OPTIMIZERS: dict[str, tuple[tuple[str, ...], dict[str, Any], list[tuple[str, bool, dict[str, Any]]]]] = {
     "adamw_": (
@@ -37,6 +39,7 @@ _VARIANTS: list[tuple[str, bool, dict[str, Any]]] = [
     ("lr as a tensor", False, {"lr": float("nan"), "lr_tensor": torch.tensor(0.02)}),
     ("decay to the pretrained", True, {"pretrained": []}),
     ("stochastic rounding", False, {"seeds": [1, 2, 3, 2**40, -5, 6]}),
+    ("states in 8 bits", True, {"seeds": [1, 2, 3, 4, 5, 6], "scales": []}),
     ("loss scale", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(0.0)}),
     ("overflow: nothing may change", False, {"grad_scale": torch.tensor(4.0), "found_inf": torch.tensor(2.0)}),
 ]
@@ -64,13 +67,30 @@ def optimizer_calls(
         if "exp_avg_sqs" in names:
             states[1] = [torch.rand(state.shape, generator=generator) for state in states[1]]
         masters = [_master(generator, param, index) for param, index in zip(params, indices, strict=True)]
-        if "seeds" in keywords:
+        if "scales" in keywords:
+            states, keywords["scales"] = encoded(states)
+        elif "seeds" in keywords:
             masters[:-1] = [torch.empty(0)] * (len(masters) - 1)
         if "pretrained" in keywords:
             keywords["pretrained"] = [_randn(generator, (k_i,), p.dtype) for p, k_i in zip(params, k, strict=True)]
         steps = [torch.tensor(float(step)) for step in (0, 1, 9, 999, 0, 6)]
         yield name, (params, grads, indices, *states, masters, steps), keywords
     yield "no tensor", ([], [], [], *([] for _ in names), [], []), options
+
+
+def encoded(states: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Return states in 8 bits, and their scales, one tensor a parameter."""
+    pairs = [[low_bits.encode(state, s == 1) for state in tensors] for s, tensors in enumerate(states)]
+    codes = [[codes for codes, _ in of_state] for of_state in pairs]
+    return codes, [torch.stack([scales for _, scales in of_parameter]) for of_parameter in zip(*pairs, strict=True)]
+
+
+def decoded(states: list[list[Tensor]], scales: list[Tensor]) -> list[list[Tensor]]:
+    """Return in fp32 what states in 8 bits hold."""
+    return [
+        [low_bits.decode(codes, of_parameter[s], s == 1) for codes, of_parameter in zip(tensors, scales, strict=True)]
+        for s, tensors in enumerate(states)
+    ]
 
 
 def _randn(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:

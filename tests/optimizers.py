@@ -34,6 +34,7 @@ SHARED = {
     "decay to the pretrained": {"decay_to": "pretrained"},
     "clipping": {"max_norm": 0.05},
     "stochastic rounding": {"rounding": "stochastic", "seed": 5},
+    "states in 8 bits": {"state_bits": 8},
 }
 # each optimizer by itself, and with each option that all of them have
 OPTIONS = {name: PLAIN[name] for name in PLAIN}

@@ -7,6 +7,7 @@ import torch
 from optimizers import OPTIMIZERS, OPTIONS, assert_same, train, weights
 
 import sparseft
+from sparseft import low_bits
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -31,7 +32,12 @@ def by_position(optimizer, model):
     found = {}
     for group in optimizer.param_groups:
         for parameter, index in zip(group["params"], group["indices"], strict=True):
-            for key, state in optimizer.state.get(parameter, {}).items():
+            states = dict(optimizer.state.get(parameter, {}))
+            scales = states.pop("scales", None)
+            for key, state in states.items():
+                if state.dtype == torch.uint8:
+                    squares = key == "exp_avg_sq"
+                    state = low_bits.decode(state, scales[int(squares)], squares)
                 if key != "step":
                     found[names[parameter], key] = dict(zip(index.tolist(), state.tolist(), strict=True))
     return found
@@ -55,7 +61,9 @@ def test_state_follows_its_entries(name, dtype):
         assert list(states) == second[parameter].tolist()
         for position, value in states.items():
             if position in old[parameter, key]:
-                assert value == old[parameter, key][position]
+                # 8 bits keep a digit, and so do they when they are rounded anew
+                exact = "8 bits" not in name or key in ("master", "pretrained")
+                assert value == pytest.approx(old[parameter, key][position], rel=0 if exact else 0.1, abs=1e-30)
                 kept += 1
             else:
                 current = float(parameters[parameter].detach().view(-1)[position])

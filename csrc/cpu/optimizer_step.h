@@ -11,6 +11,7 @@
 #include "check_indices.h"
 #include "convert.h"
 #include "entries.h"
+#include "low_bits.h"
 #include "simd.h"
 #include "work_list.h"
 
@@ -29,6 +30,7 @@ struct alignas(64) Block {
     float rounded[kBlockEntries];
     uint32_t random[kBlockEntries];
 };
+static_assert(kBlockEntries == kCodeBlock, "a block has one scale");
 
 template <class Rule>
 SPARSEFT_SIMD void update_block(const typename Rule::Coefficients c, int64_t n, const float* __restrict grad,
@@ -82,29 +84,33 @@ inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float d
     }
 }
 
-template <class Index>
-SPARSEFT_SIMD void fill_random(const Index* __restrict indices, int64_t n, uint32_t key, uint32_t* __restrict random) {
-    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, indices[i]);
+// Where state s of entries from `begin` on has its codes, and the scale of those.
+inline std::pair<uint8_t*, float*> codes_and_scale(const ParameterStep& p, int s, int64_t begin) {
+    float* const scale = p.scales + s * code_blocks(p.at.k) + begin / kCodeBlock;
+    return {static_cast<uint8_t*>(p.states[s]) + begin, scale};
 }
 
-inline SPARSEFT_SIMD void round_to_bfloat16(const uint32_t* __restrict random, int64_t n, float* __restrict values) {
-    for (int64_t i = 0; i < n; ++i) values[i] = round_to_bfloat16(values[i], random[i]);
+inline void load_codes(const ParameterStep& p, int s, int64_t begin, int64_t n, float* values) {
+    const auto [codes, scale] = codes_and_scale(p, s, begin);
+    s == 0 ? decode<false>(codes, *scale, n, values) : decode<true>(codes, *scale, n, values);
 }
 
-inline SPARSEFT_SIMD void round_to_half(const uint32_t* __restrict random, int64_t n, float* __restrict values) {
-    for (int64_t i = 0; i < n; ++i) values[i] = round_to_half(values[i], random[i]);
+inline void store_codes(const ParameterStep& p, int s, int64_t begin, int64_t n, const Block& block) {
+    const auto [codes, scale] = codes_and_scale(p, s, begin);
+    const float* const values = block.states[s];
+    *scale = largest_magnitude(values, n);
+    s == 0 ? encode<false>(values, *scale, block.random, n, codes)
+           : encode<true>(values, *scale, block.random, n, codes);
 }
 
 // Round the block's weights to numbers of the parameter's dtype, which storing them then keeps.
-inline void round_weights(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
-    const uint32_t key = random_key(p.seed, *p.count);
-    with_indices(p.at, [&](const auto* indices) { fill_random(indices + begin, n, key, block.random); });
+inline void round_weights(const ParameterStep& p, int64_t n, Block& block) {
     if (p.dtype == ScalarType::BFloat16) return round_to_bfloat16(block.random, n, block.weight);
     round_to_half(block.random, n, block.weight);
 }
 
 inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
-    if (p.stochastic) round_weights(p, begin, n, block);
+    if (p.stochastic) round_weights(p, n, block);
     narrow(p.dtype, block.weight, n, block.stored);
     scatter_entries(p.at, begin, begin + n, block.stored);
     if (p.master) std::memcpy(p.master + begin, block.weight, n * sizeof(float));
@@ -116,8 +122,18 @@ void step_block(const ParameterStep& p, const typename Rule::Coefficients& coeff
     load_block(p, begin, n, divisor, block);
     // a state that the options do not need is a dummy that stays in the block
     float* states[kMaxStates];
-    for (int s = 0; s < kMaxStates; ++s) states[s] = p.states[s] ? p.states[s] + begin : block.states[s];
+    for (int s = 0; s < kMaxStates; ++s) {
+        const bool in_place = p.states[s] && !p.scales;
+        states[s] = in_place ? static_cast<float*>(p.states[s]) + begin : block.states[s];
+    }
+    const int coded = p.scales ? Rule::kStates : 0;
+    for (int s = 0; s < coded; ++s) load_codes(p, s, begin, n, states[s]);
     update_block<Rule>(coefficients, n, block.grad, block.anchor, block.weight, states[0], states[1]);
+    if (p.stochastic || p.scales) {
+        const uint32_t key = random_key(p.seed, *p.count);
+        with_indices(p.at, [&](const auto* indices) { fill_random(indices + begin, n, key, block.random); });
+    }
+    for (int s = 0; s < coded; ++s) store_codes(p, s, begin, n, block);
     store_weight(p, begin, n, block);
 }
 

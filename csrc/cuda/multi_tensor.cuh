@@ -2,7 +2,7 @@
 //
 // The table of pointers travels in the kernel's arguments. They are copied at launch, so nothing is allocated, nothing
 // is sent ahead and nothing has to stay alive: a launch can be captured in a CUDA graph and never waits. 32,764 bytes
-// of arguments (CUDA 12.1 and up, compute capability 7.0 and up) hold some 350 parameters; longer lists take more
+// of arguments (CUDA 12.1 and up, compute capability 7.0 and up) hold some 270 parameters; longer lists take more
 // launches. Blocks share selected entries, not tensors, whose k is very uneven: each finds its own by binary search.
 #pragma once
 

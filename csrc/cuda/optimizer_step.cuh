@@ -44,32 +44,75 @@ __device__ __forceinline__ float rounded(float value, ScalarType dtype) {
     return value;
 }
 
-__device__ __forceinline__ float stochastically_rounded(const ParameterStep& p, uint32_t key, int64_t where,
-                                                        float weight) {
-    const uint32_t random = random_bits(key, where);
-    return p.dtype == ScalarType::BFloat16 ? round_to_bfloat16(weight, random) : round_to_half(weight, random);
+__device__ __forceinline__ float stochastically_rounded(float value, ScalarType dtype, uint32_t random) {
+    return dtype == ScalarType::BFloat16 ? round_to_bfloat16(value, random) : round_to_half(value, random);
 }
 
-template <class Rule>
+// The largest magnitude that the threads of a block hold, NaN if there is one.
+__device__ __forceinline__ float largest_magnitude(float value) {
+    __shared__ uint32_t of_warps[kThreads / 32];
+    const uint32_t of_warp = __reduce_max_sync(0xffffffffu, bits_of(value) & 0x7fffffffu);
+    __syncthreads();  // until nobody reads any more what was there
+    if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = of_warp;
+    __syncthreads();
+    uint32_t largest = 0;
+    for (const uint32_t one : of_warps) largest = max(largest, one);
+    return from_bits(largest);
+}
+
+// States of entry i in 8 bits. A block of threads works on entries with one scale.
+static_assert(kThreads == kCodeBlock && kEntriesPerBlock % kCodeBlock == 0, "a block of threads has one scale");
+
+template <bool kSquares>
+__device__ __forceinline__ float load_code(const ParameterStep& p, int s, int64_t i) {
+    const float scale = p.scales[s * code_blocks(p.at.k) + i / kCodeBlock];
+    return Code<kSquares>::decode(static_cast<const uint8_t*>(p.states[s])[i], scale);
+}
+
+template <bool kSquares>
+__device__ __forceinline__ void store_code(const ParameterStep& p, int s, int64_t i, bool exists, float value,
+                                           uint32_t random) {
+    const float scale = largest_magnitude(value);
+    if (!exists) return;
+    if (i % kCodeBlock == 0) p.scales[s * code_blocks(p.at.k) + i / kCodeBlock] = scale;
+    const uint32_t code = Code<kSquares>::encode(value, scale, random_of_state(random, s));
+    static_cast<uint8_t*>(p.states[s])[i] = static_cast<uint8_t>(code);
+}
+
+// Update entry i. In 8 bits, all threads of a block come here together, some for an entry that others write.
+template <class Rule, bool kLowBits>
 __device__ __forceinline__ void update_entry(const ParameterStep& p, const typename Rule::Coefficients& coefficients,
-                                             float divisor, uint32_t key, int64_t i) {
+                                             float divisor, uint32_t key, int64_t i, bool exists) {
     const int64_t where = position(p.at, i);
     const uint32_t grad_bits = load_bits(p.grad, p.grad_dtype, p.compact_grad ? i : where);
     const uint32_t weight_bits = load_bits(p.at.data, p.dtype, where);
     const float master = p.master ? p.master[i] : 0;
     const uint32_t anchor_bits = p.pretrained ? load_bits(p.pretrained, p.dtype, i) : 0;
     float states[Rule::kStates];
-    for (int s = 0; s < Rule::kStates; ++s) states[s] = p.states[s] ? p.states[s][i] : 0;
+    for (int s = 0; s < Rule::kStates; ++s) {
+        if constexpr (kLowBits) {
+            states[s] = s == 0 ? load_code<false>(p, s, i) : load_code<true>(p, s, i);
+        } else {
+            states[s] = p.states[s] ? static_cast<const float*>(p.states[s])[i] : 0;
+        }
+    }
 
     const float grad = as_number(grad_bits, p.grad_dtype) / divisor;
     float weight = as_number(weight_bits, p.dtype);
     // a weight that does not round from its master was changed from outside: the weight wins
     if (p.master && rounded(master, p.dtype) == weight) weight = master;
     Rule::update(coefficients, grad, as_number(anchor_bits, p.dtype), weight, states);
+    const uint32_t random = kLowBits || p.stochastic ? random_bits(key, where) : 0;
     for (int s = 0; s < Rule::kStates; ++s) {
-        if (p.states[s]) p.states[s][i] = states[s];
+        if constexpr (kLowBits) {
+            s == 0 ? store_code<false>(p, s, i, exists, states[s], random)
+                   : store_code<true>(p, s, i, exists, states[s], random);
+        } else if (p.states[s]) {
+            static_cast<float*>(p.states[s])[i] = states[s];
+        }
     }
-    if (p.stochastic) weight = stochastically_rounded(p, key, where, weight);
+    if (!exists) return;
+    if (p.stochastic) weight = stochastically_rounded(weight, p.dtype, random);
     store(p.at.data, p.dtype, where, weight);
     if (p.master) p.master[i] = weight;
 }
@@ -89,7 +132,7 @@ static __global__ void __launch_bounds__(kThreads)
     for (int i = threadIdx.x; i < table.size; i += kThreads) *table.counts[i] += 1;
 }
 
-template <class Rule>
+template <class Rule, bool kLowBits>
 __global__ void __launch_bounds__(kThreads)
     optimizer_kernel(const __grid_constant__ Table<ParameterStep> table, const Rule rule, const StepOptions options) {
     if (options.found_inf && *options.found_inf != 0) return;
@@ -103,8 +146,11 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = options.grad_scale ? *options.grad_scale : 1;
     const float divisor = options.maximize ? -scale : scale;
     const uint32_t key = random_key(p.seed, *p.count);
-    for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kThreads) {
-        update_entry<Rule>(p, coefficients, divisor, key, i);
+    for (int64_t begin = chunk.begin; begin < chunk.end; begin += kThreads) {
+        const int64_t i = begin + threadIdx.x;
+        const bool exists = i < chunk.end;
+        if (!kLowBits && !exists) break;
+        update_entry<Rule, kLowBits>(p, coefficients, divisor, key, exists ? i : chunk.end - 1, exists);
     }
 }
 
@@ -119,7 +165,9 @@ class CudaOptimizer {
     template <class Rule>
     void step(const Rule& rule, const StepWork& work, const StepOptions& options) const {
         count_step(work.counts, options.found_inf);
-        launcher_.launch(work.parameters, optimizer_kernel<Rule>, rule, options);
+        const bool low_bits = !work.parameters.empty() && work.parameters[0].scales;
+        launcher_.launch(work.parameters, low_bits ? optimizer_kernel<Rule, true> : optimizer_kernel<Rule, false>,
+                         rule, options);
     }
 
   private:

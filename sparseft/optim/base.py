@@ -17,7 +17,8 @@ from sparseft.mask import Mask
 from sparseft.optim.clipping import divisor, gradient_norm
 from sparseft.optim.mask_change import Move, carry_leaf, members, positions
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.optim.parameters import Trained, checked_indices, trained, values
+from sparseft.optim.parameters import Trained, checked_indices, trained
+from sparseft.optim.states import carried_state, make_state
 
 
 @dataclasses.dataclass
@@ -161,7 +162,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                     old = positions(member.before, old_lists[id(member.before)])
                     move = Move.between(old, positions(member.param, index))
                     carry_leaf(member.before, member.param, move)
-                    states[member.param] = self._carried(self.state[member.before], member.param, index, move)
+                    state, names = self.state[member.before], self._state_names(group)
+                    states[member.param] = carried_state(state, names, member.param, index, move)
         for group, its_members, its_lists in zip(self.param_groups, groups, lists, strict=True):
             group["params"], group["indices"] = [member.param for member in its_members], its_lists
             if "param_names" in group:
@@ -179,7 +181,9 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _group_step(self, group: dict[str, Any], found: Trained, first_place: int, norm: Tensor | None) -> None:
         """Call the optimizer's op with what every optimizer shares; `first_place`: parameters in groups before."""
         params, device = found.params, found.params[0].device
-        states = self._states(group, params, found.indices)
+        states = [self.state[param] for param in params]
+        for state, param, index in zip(states, params, found.indices, strict=True):
+            make_state(state, group, self._state_names(group), param, index)
         lr, grad_scale = group["lr"], getattr(self, "grad_scale", None)
         if norm is not None and group["max_norm"] is not None:
             grad_scale = divisor(norm, group["max_norm"], grad_scale).to(device, non_blocking=True)
@@ -192,43 +196,19 @@ class SparseOptimizer(torch.optim.Optimizer):
             "maximize": group["maximize"],
             "pretrained": [state["pretrained"] for state in states] if group["decay_to"] == "pretrained" else None,
             "seeds": None,
+            "scales": None,
             "grad_scale": grad_scale,
             "found_inf": getattr(self, "found_inf", None),
         }
         masters = [_no_master(device)] * len(params)
         if group["rounding"] == "master":
             masters = [state.get("master", none) for state, none in zip(states, masters, strict=True)]
-        else:
+        if group["state_bits"] == 8 and self._state_names(group):
+            shared["scales"] = [state["scales"] for state in states]
+        if group["rounding"] == "stochastic" or shared["scales"]:
             shared["seeds"] = [group["seed"] + first_place + place for place in found.places]
         self._update(group, Step(params, found.grads, found.indices, masters, states, shared))
         torch.autograd.graph.increment_version(params)
-
-    def _states(self, group: dict[str, Any], params: list[Tensor], indices: list[Tensor]) -> list[dict[str, Any]]:
-        """Return the state of every parameter, made where it is missing."""
-        names = self._state_names(group)
-        states = [self.state[param] for param in params]
-        for state, param, index in zip(states, params, indices, strict=True):
-            if not state:
-                state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
-            if group["rounding"] == "master" and param.dtype != torch.float32 and "master" not in state:
-                state["master"] = values(param, index).float()
-            if group["decay_to"] == "pretrained" and "pretrained" not in state:
-                state["pretrained"] = values(param, index)
-            for name in names:
-                if name not in state:
-                    state[name] = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
-        return states
-
-    def _carried(self, state: dict[str, Any], param: Tensor, index: Tensor, move: Move) -> dict[str, Any]:
-        """Return the state of other entries of a parameter: what stays, and a beginning for what is new."""
-        carried = {"step": state["step"]}
-        for name in state.keys() - carried.keys():
-            if name in ("master", "pretrained"):
-                fresh = values(param, index).to(state[name].dtype)
-            else:
-                fresh = torch.zeros(index.numel(), dtype=torch.float32, device=param.device)
-            carried[name] = move.carry(state[name], fresh)
-        return carried
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""

@@ -30,19 +30,21 @@ class Move:
     Attributes:
         stays: bool [k], entries that were selected before.
         source: int64, positions of those in the old list.
+        nowhere: whether the lists are the same.
     """
 
     stays: Tensor
     source: Tensor
+    nowhere: bool
 
     @classmethod
     def between(cls, old: Tensor, new: Tensor) -> Move:
         """Compare two index lists, both sorted and unique."""
         if not old.numel():
-            return cls(torch.zeros_like(new, dtype=torch.bool), new.new_empty(0, dtype=torch.int64))
+            return cls(torch.zeros_like(new, dtype=torch.bool), new.new_empty(0, dtype=torch.int64), not new.numel())
         slot = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
         stays = old[slot] == new
-        return cls(stays, slot[stays])
+        return cls(stays, slot[stays], torch.equal(old, new))
 
     def carry(self, values: Tensor, fresh: Tensor) -> Tensor:
         """Return `fresh`, one value an entry of the new list, with the values of entries that stay."""

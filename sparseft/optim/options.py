@@ -17,6 +17,8 @@ class SharedOptions(TypedDict, total=False):
     rounding: how a bf16 or fp16 weight takes steps smaller than its last digit. "master": its selected entries are
         kept in fp32, too, and rounded to the nearest. "stochastic": they are not, which saves 4 bytes each; a weight
         is rounded to either neighbour, with the probability that makes the mean right.
+    state_bits: 32, or 8: the optimizer's running means take a byte an entry, and an fp32 scale for every 256 of them.
+        They keep about a digit, from the block's largest gradient down to 2^-15 of it, rounded at random.
     seed: of random numbers, 0 to 2**62. They are a hash of it, the parameter's place in the optimizer, its step count
         and the entry's position, so that a run repeats bit for bit on any number of threads, and when it is resumed.
     """
@@ -25,12 +27,24 @@ class SharedOptions(TypedDict, total=False):
     decay_to: Literal["zero", "pretrained"]
     max_norm: float | None
     rounding: Literal["master", "stochastic"]
+    state_bits: Literal[8, 32]
     seed: int
 
 
-DEFAULTS: dict[str, Any] = {"maximize": False, "decay_to": "zero", "max_norm": None, "rounding": "master", "seed": 0}
+DEFAULTS: dict[str, Any] = {
+    "maximize": False,
+    "decay_to": "zero",
+    "max_norm": None,
+    "rounding": "master",
+    "state_bits": 32,
+    "seed": 0,
+}
 
-_CHOICES = {"decay_to": ("zero", "pretrained"), "rounding": ("master", "stochastic")}
+_CHOICES: dict[str, tuple[Any, ...]] = {
+    "decay_to": ("zero", "pretrained"),
+    "rounding": ("master", "stochastic"),
+    "state_bits": (8, 32),
+}
 
 
 def check_options(group: Mapping[str, Any]) -> None:
