@@ -20,8 +20,8 @@
 
 namespace sparseft {
 
-inline constexpr int64_t kLeftRows = 64;            // transposed at a time: four lines of the cache a token
-inline constexpr int64_t kMostTokens = 128;         // of a block: kLeftRows of them stay in a first-level cache
+inline constexpr int64_t kFeatures = 64;            // transposed at a time: four lines of the cache a token
+inline constexpr int64_t kMostTokens = 128;         // of a block: kFeatures of them stay in a first-level cache
 inline constexpr int64_t kFewestTokens = 64;        // below which summing over lanes costs more than multiplying
 inline constexpr int64_t kBlockFloats = 1 << 17;    // of a block of the right side: half of a second-level cache
 inline constexpr int64_t kScratchFloats = 1 << 20;  // of the blocks transposed between two synchronisations
@@ -89,7 +89,7 @@ SPARSEFT_SIMD inline void add_dots(const float* __restrict left, const float* __
     add_sums(sums, count % kBatch, out + count - count % kBatch);
 }
 
-// Entries begin..end, all of them in the kLeftRows rows from `row` on.
+// Entries begin..end, all of them in the kFeatures rows from `row` on.
 struct EntryPiece {
     int64_t row, begin, end;
 };
@@ -99,7 +99,7 @@ class Entries {
   public:
     // indices: sorted and unique positions in a matrix of `columns` columns.
     Entries(const Tensor& indices, int64_t columns)
-        : entries_(indices.numel()), needed_((columns + kLanes - 1) / kLanes, 0), costs_{0} {
+        : entries_(indices.numel()), needed_(ceil_div(columns, kFeatures), 0), costs_{0} {
         dtype_of(indices) == ScalarType::Long ? read(static_cast<const int64_t*>(indices.data_ptr()), columns)
                                               : read(static_cast<const int32_t*>(indices.data_ptr()), columns);
     }
@@ -107,7 +107,7 @@ class Entries {
     int64_t size() const { return static_cast<int64_t>(entries_.size()); }
     const Entry* data() const { return entries_.data(); }
     const EntryPiece& piece(int64_t i) const { return pieces_[i]; }
-    bool need_columns_from(int64_t first) const { return needed_[first / kLanes]; }
+    bool need_columns_from(int64_t first) const { return needed_[first / kFeatures]; }
 
     // How many numbers are transposed and multiplied for each token.
     int64_t cost() const { return costs_.back(); }
@@ -123,21 +123,21 @@ class Entries {
         int64_t row = 0;
         for (int64_t j = 0; j < size(); ++j) {
             if (indices[j] - row * columns >= columns) row = indices[j] / columns;
-            const int64_t first_row = row / kLeftRows * kLeftRows, column = indices[j] - row * columns;
+            const int64_t first_row = row / kFeatures * kFeatures, column = indices[j] - row * columns;
             if (pieces_.empty() || pieces_.back().row != first_row || j - pieces_.back().begin == kPieceEntries) {
                 pieces_.push_back({first_row, j, j});
-                costs_.push_back(cost() + kLeftRows);
+                costs_.push_back(cost() + kFeatures);
             }
             ++pieces_.back().end;
             ++costs_.back();
             entries_[j] = {static_cast<int32_t>(row - first_row), static_cast<int32_t>(column)};
-            needed_[column / kLanes] = 1;
+            needed_[column / kFeatures] = 1;
         }
     }
 
     std::vector<Entry> entries_;
     std::vector<EntryPiece> pieces_;
-    std::vector<char> needed_;    // of each kLanes columns
+    std::vector<char> needed_;    // of each kFeatures columns
     std::vector<int64_t> costs_;  // of the pieces before each, and of all
 };
 
@@ -170,12 +170,13 @@ class SampledProduct {
   private:
     // tokens: of all blocks, with what fills them up; transposed: [width_, its tokens] for each block.
     void add_blocks(const std::vector<TokenBlock>& blocks, int64_t tokens, float* transposed) const {
-        const int64_t groups = width_ / kLanes, items = groups * static_cast<int64_t>(blocks.size());
+        const int64_t groups = ceil_div(width_, kFeatures), items = groups * static_cast<int64_t>(blocks.size());
         const int64_t grain = std::max<int64_t>(1, kShare * items / (tokens * width_));
         torch::stable::parallel_for(0, items, grain, [&](int64_t begin, int64_t end) {
             for (int64_t item = begin; item < end; ++item) {
                 const TokenBlock& block = blocks[item / groups];
-                const int64_t first = item % groups * kLanes, last = std::min(first + kLanes, right_.first.columns);
+                const int64_t first = item % groups * kFeatures;
+                const int64_t last = std::min(first + kFeatures, right_.first.columns);
                 float* const out = transposed + block.start * width_ + first * block.padded();
                 if (entries_.need_columns_from(first)) transpose(right_.at(block, first, last), out);
             }
@@ -183,7 +184,7 @@ class SampledProduct {
         const int64_t shares = std::max<int64_t>(1, tokens * entries_.cost() / kShare);
         const int64_t parts = std::min<int64_t>(torch::stable::get_num_threads(), shares);
         torch::stable::parallel_for(0, parts, 1, [&](int64_t first_part, int64_t last_part) {
-            const AlignedFloats rows(kLeftRows * kMostTokens);
+            const AlignedFloats rows(kFeatures * kMostTokens);
             const int64_t begin = entries_.first_piece(first_part, parts);
             const int64_t end = entries_.first_piece(last_part, parts);
             for (const TokenBlock& block : blocks) {
@@ -195,7 +196,7 @@ class SampledProduct {
     }
 
     void add_piece(const TokenBlock& block, const EntryPiece& piece, const float* transposed, float* rows) const {
-        transpose(left_.at(block, piece.row, std::min(piece.row + kLeftRows, left_.first.columns)), rows);
+        transpose(left_.at(block, piece.row, std::min(piece.row + kFeatures, left_.first.columns)), rows);
         add_dots(rows, transposed, entries_.data() + piece.begin, piece.end - piece.begin, block.padded(),
                  out_ + block.sample * entries_.size() + piece.begin);
     }

@@ -15,6 +15,7 @@
 namespace sparseft {
 
 inline constexpr int64_t kLanes = 16;  // fp32 numbers in a line of the cache, and in the widest vector register
+inline constexpr int64_t kLineBytes = kLanes * sizeof(float);
 
 inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
@@ -25,7 +26,7 @@ class AlignedFloats {
 
     float* data() const {
         const intptr_t address = reinterpret_cast<intptr_t>(memory_.get());
-        return reinterpret_cast<float*>(round_up(address, kLanes * sizeof(float)));
+        return reinterpret_cast<float*>(round_up(address, kLineBytes));
     }
 
   private:
@@ -63,6 +64,12 @@ inline void transpose(const Matrix& source, float* out) {
     alignas(64) std::array<float, kLanes * kLanes> square;
     const int64_t length = round_up(source.rows, kLanes);
     for (int64_t t = 0; t < source.rows; t += kLanes) {
+        // tokens lie far apart: the processor would not foresee the next ones
+        for (int64_t next = t + kLanes; next < std::min(t + 2 * kLanes, source.rows); ++next) {
+            for (int64_t f = 0; f < source.columns; f += kLineBytes / source.element_size) {
+                __builtin_prefetch(source.at(next, f));
+            }
+        }
         for (int64_t f = 0; f < source.columns; f += kLanes) {
             const int64_t tokens = std::min(kLanes, source.rows - t), features = std::min(kLanes, source.columns - f);
             const void* const from = source.at(t, f);
