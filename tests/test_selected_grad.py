@@ -1,6 +1,8 @@
 """selected_grad_ beyond its sample inputs: autograd as the oracle, many blocks, threads, tiles, plans, bad input."""
 
 import importlib
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -119,6 +121,27 @@ def test_a_transposed_weight_swaps_the_inputs(generator):
     grad = torch.zeros(30)
     sparse.selected_grad_(grad, dy, x, indices)
     torch.testing.assert_close(grad, wanted.flatten()[indices])
+
+
+@pytest.mark.parametrize("step", [200, 4])
+def test_no_dense_gradient_is_ever_there(step):
+    """By the process's own peak, which also counts what C++ allocates: a dense gradient would take 64 MiB."""
+    script = f"""
+import resource, torch, sparseft.ops
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+x, dy = torch.randn(64, 4096), torch.randn(64, 4096)
+indices = torch.arange(0, 4096**2, {step})
+grad = torch.zeros(len(indices))
+torch.ops.sparseft.selected_grad_(grad[:10], x[:2], dy[:2], indices[:10])
+held = torch.ones(2**25)  # uses up what was freed before
+before = peak()
+torch.ops.sparseft.selected_grad_(grad, x, dy, indices)
+print(peak() - before)
+"""
+    if ops.SERVED_BY["selected_grad_"]["cpu"] == "reference":
+        pytest.skip("the reference multiplies densely; the C++ extension is not built")
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert int(run.stdout) <= 8 * 2**20
 
 
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
