@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any
 
@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.entries import SelectedEntries
 from sparseft.mask import Mask
 from sparseft.optim.clipping import divisor, gradient_norm
-from sparseft.optim.mask_change import Move, carry_leaf, members, positions
+from sparseft.optim.mask_change import Move, carry_leaf, members
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.optim.parameters import Trained, checked_indices, trained
+from sparseft.optim.parameters import Trained, checked_indices, trained, untie_copies, weight
 from sparseft.optim.states import carried_state, make_state
 
 
@@ -50,6 +51,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     # GradScaler hands its scale and overflow flag to step, which then needs no host synchronisation
     _step_supports_amp_scaling = True
+    # compact_gradients has weights follow their leaves after a step, which ours do in the step
+    updates_dense = True
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], options: SharedOptions) -> None:
         unknown = sorted(set(options) - set(DEFAULTS))
@@ -59,10 +62,11 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        # a state that was saved before an option was there
         for group in self.param_groups:
+            # of a state that was saved before an option was there
             for option, value in DEFAULTS.items():
                 group.setdefault(option, value)
+            untie_copies(group, self.state)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; `indices` is one list a parameter, or None to train every entry.
@@ -159,8 +163,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             old_lists = {id(param): index for param, index in zip(group["params"], group["indices"], strict=True)}
             for member, index in zip(its_members, its_lists, strict=True):
                 if member.before is not None and member.before in self.state:
-                    old = positions(member.before, old_lists[id(member.before)])
-                    move = Move.between(old, positions(member.param, index))
+                    move = Move.between(old_lists[id(member.before)], index)
                     carry_leaf(member.before, member.param, move)
                     state, names = self.state[member.before], self._state_names(group)
                     states[member.param] = carried_state(state, names, member.param, index, move)
@@ -200,15 +203,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             "grad_scale": grad_scale,
             "found_inf": getattr(self, "found_inf", None),
         }
-        masters = [_no_master(device)] * len(params)
-        if group["rounding"] == "master":
-            masters = [state.get("master", none) for state, none in zip(states, masters, strict=True)]
+        masters = [_master(group, param, state) for param, state in zip(params, states, strict=True)]
         if group["state_bits"] == 8 and self._state_names(group):
             shared["scales"] = [state["scales"] for state in states]
         if group["rounding"] == "stochastic" or shared["scales"]:
             shared["seeds"] = [group["seed"] + first_place + place for place in found.places]
-        self._update(group, Step(params, found.grads, found.indices, masters, states, shared))
-        torch.autograd.graph.increment_version(params)
+        weights = [weight(param) for param in params]
+        plain = [
+            tensor.detach() if tensor is not param else param for tensor, param in zip(weights, params, strict=True)
+        ]
+        self._update(group, Step(plain, found.grads, found.indices, masters, states, shared))
+        torch.autograd.graph.increment_version({*params, *weights})
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""
@@ -217,6 +222,14 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _update(self, group: dict[str, Any], step: Step) -> None:
         """Call the optimizer's op: the only method, with `_state_names`, that a new optimizer writes."""
         raise NotImplementedError
+
+
+def _master(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
+    """Return the fp32 copy of a parameter's selected entries, an empty tensor if there is none."""
+    if isinstance(param, SelectedEntries):
+        return param
+    none = _no_master(param.device)
+    return state.get("master", none) if group["rounding"] == "master" else none
 
 
 @functools.cache

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.entries import SelectedEntries
 from sparseft.mask import Mask
+from sparseft.optim.parameters import weight
 
 
 @dataclasses.dataclass
@@ -85,16 +86,6 @@ def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -
             f"the optimizer trains none of the parameters of {mask}; build it from a mask of the model it is to train"
         )
     return result
-
-
-def weight(param: Tensor) -> Tensor:
-    """Return the parameter that entries belong to: itself, but for a leaf of selected entries."""
-    return param.dense if isinstance(param, SelectedEntries) else param
-
-
-def positions(param: Tensor, index: Tensor) -> Tensor:
-    """Return where in its weight a parameter's entries lie: flat, sorted, unique."""
-    return param.positions if isinstance(param, SelectedEntries) else index
 
 
 def carry_leaf(old: Tensor, new: Tensor, move: Move) -> None:

@@ -1,4 +1,8 @@
-"""A group's parameters, their gradients and their index lists."""
+"""A group's parameters, their gradients and their index lists.
+
+A parameter may be the leaf of another's selected entries, of `compact_gradients`. Then it is that one's weights that a
+step updates, with the leaf as their master, and the index list is where its entries lie in there.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +14,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sparseft.entries import SelectedEntries
 from sparseft.mask import check_indices
 from sparseft.reference import index_dtype
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def weight(param: Tensor) -> Tensor:
+    """Return the parameter whose weights a step changes: itself, but for a leaf."""
+    return param.dense if isinstance(param, SelectedEntries) else param
+
+
 def values(param: Tensor, index: Tensor) -> Tensor:
     """Return the selected entries of a parameter, in its dtype: [k]."""
-    return param.detach().view(-1)[index.long()]
+    return weight(param).detach().view(-1)[index.long()]
 
 
 @dataclasses.dataclass
@@ -61,9 +71,27 @@ def checked_indices(params: list[Tensor], indices: Sequence[Tensor | None] | Non
         indices = [None] * len(params)
     if len(indices) != len(params):
         raise ValueError(f"a group needs one index list a parameter, got {len(indices)} for {len(params)} parameters")
-    return [
-        torch.arange(param.numel(), dtype=index_dtype(param.numel()), device=param.device)
-        if index is None
-        else check_indices(f"parameter {i} of the group", index, param.numel()).to(param.device)
-        for i, (param, index) in enumerate(zip(params, indices, strict=True))
-    ]
+    return [_checked_index(i, param, index) for i, (param, index) in enumerate(zip(params, indices, strict=True))]
+
+
+def _checked_index(i: int, param: Tensor, index: Tensor | None) -> Tensor:
+    if isinstance(param, SelectedEntries):
+        if index is not None and not torch.equal(index.to(param.positions), param.positions):
+            raise ValueError(
+                f"parameter {i} of the group is a leaf of compact gradients, whose entries are not those of its index "
+                "list; enter compact_gradients with the mask that the list is from"
+            )
+        return param.positions
+    if index is None:
+        return torch.arange(param.numel(), dtype=index_dtype(param.numel()), device=param.device)
+    return check_indices(f"parameter {i} of the group", index, param.numel()).to(param.device)
+
+
+def untie_copies(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Have a group train the copies of leaves, which are tied to no weight: all of each."""
+    for i, (param, index) in enumerate(zip(group["params"], group["indices"], strict=True)):
+        # k positions, sorted and unique, that are all below k are all there are
+        if not isinstance(param, SelectedEntries) and index.numel() and int(index[-1]) >= param.numel():
+            group["indices"][i] = _checked_index(i, param, None)
+            if "pretrained" in state.get(param, {}):
+                state[param]["pretrained"] = state[param]["pretrained"].to(param.dtype)
