@@ -19,7 +19,7 @@ from sparseft.products import linear
 class _Linear(torch.autograd.Function):
     """y = x @ weight.T + bias, or x @ weight + bias for a weight [I, O]; the leaf gets the weight's gradient.
 
-    indices: of the entries in the weight, or in those of its lines that meet the columns `kept` of x.
+    indices, plan, kept: see `Wanted`.
     """
 
     @staticmethod
@@ -31,10 +31,11 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         indices: Tensor,
+        plan: Tensor | None,
         kept: Tensor | None,
     ) -> Tensor:
         needed = x if kept is None else x.index_select(-1, kept)
-        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices)
+        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices, plan)
         ctx.transposed, ctx.dtype = transposed, x.dtype
         matrix = weight.to(x.dtype)
         return linear(x, matrix.T if transposed else matrix, bias)
@@ -42,7 +43,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices = ctx.saved_tensors
+        x, weight, indices, plan = ctx.saved_tensors
         grad = dx = bias_grad = None
         if ctx.needs_input_grad[1]:
             matrix = weight.to(ctx.dtype)
@@ -52,15 +53,16 @@ class _Linear(torch.autograd.Function):
             x_rows = x.reshape(-1, x.shape[-1])
             grad = torch.zeros(indices.shape, dtype=torch.float32, device=dy.device)
             left, right = (x_rows, dy_rows) if ctx.transposed else (dy_rows, x_rows)
-            torch.ops.sparseft.selected_grad_(grad, right, left, indices)
+            torch.ops.sparseft.selected_grad_(grad, right, left, indices, plan)
         if ctx.needs_input_grad[3]:
             bias_grad = dy_rows.sum(0)
-        return grad, dx, None, bias_grad, None, None, None
+        return grad, dx, None, bias_grad, None, None, None, None
 
 
 def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
     selection: Selection | None = getattr(weight, "selection", None)
-    if selection is None or weight.dim() != 2 or entries_of(x) is not None:
+    wanted = None if selection is None else selection.conv1d if transposed else selection.linear
+    if wanted is None or entries_of(x) is not None:
         return None
     autocast = _autocast_dtype(x)
     if autocast is None and x.dtype != weight.dtype:
@@ -69,9 +71,8 @@ def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: 
         bias = bias.selection.tied(bias)  # type: ignore[attr-defined]
     if autocast:
         x, bias = x.to(autocast), None if bias is None else bias.to(autocast)
-    lines = selection.few_rows if transposed else selection.few_columns
-    indices, kept = (selection.entries.positions, None) if lines is None else (lines.indices, lines.numbers)
-    y: Tensor = _Linear.apply(selection.entries, x, weight, bias, transposed, indices, kept)  # type: ignore[no-untyped-call]
+    more = (wanted.indices, wanted.plan, wanted.kept)
+    y: Tensor = _Linear.apply(entries_of(weight), x, weight, bias, transposed, *more)  # type: ignore[no-untyped-call]
     return y
 
 

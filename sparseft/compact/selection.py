@@ -9,23 +9,25 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft import ops
 from sparseft.entries import SelectedEntries
 
-_FEW = 4  # lines are few if they are at most this part of all: several layers may each copy theirs from one input
+_FEW = 4  # columns are few if they are at most this part of all: several layers may copy theirs from one input
 
 
 @dataclasses.dataclass(frozen=True)
-class Lines:
-    """The rows, or columns, of a matrix in which anything is selected, when they are few.
+class Wanted:
+    """What a linear layer computes of a matrix's gradient.
 
     Attributes:
-        numbers: int64, sorted.
-        indices: where the selected entries lie in a matrix of these rows, or columns, alone: flat, sorted.
+        indices: where the selected entries lie: flat, sorted; in the matrix, or in the kept lines of it alone.
+        plan: of `selected_grad_`.
+        kept: int64, sorted: the columns of the layer's input that selected entries meet, if they are few; else None.
     """
 
-    numbers: Tensor
     indices: Tensor
+    plan: Tensor | None
+    kept: Tensor | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,14 +38,15 @@ class Selection:
         entries: the leaf.
         required_grad: whether the parameter itself required a gradient before.
         rows: of a matrix, the numbers of those in which anything is selected: int64, sorted.
-        few_rows, few_columns: of a matrix, those in which anything is selected, if they are few.
+        linear: of a matrix [O, I], what x @ matrix.T wants.
+        conv1d: of a matrix [I, O], what x @ matrix wants.
     """
 
     entries: SelectedEntries
     required_grad: bool
     rows: Tensor | None = None
-    few_rows: Lines | None = None
-    few_columns: Lines | None = None
+    linear: Wanted | None = None
+    conv1d: Wanted | None = None
 
     @classmethod
     def of(cls, parameter: Tensor, entries: SelectedEntries, required_grad: bool) -> Selection:
@@ -51,20 +54,26 @@ class Selection:
         if parameter.dim() != 2:
             return cls(entries, required_grad)
         height, width = parameter.shape
-        indices, dtype = entries.positions.long(), entries.positions.dtype
-        rows, row_slots = (indices // width).unique(return_inverse=True)
-        columns, column_slots = (indices % width).unique(return_inverse=True)
-        few_rows = few_columns = None
-        if _FEW * len(rows) <= height:
-            few_rows = Lines(rows, (row_slots * width + indices % width).to(dtype))
+        positions = entries.positions.long()
+        rows, row_slots = (positions // width).unique(return_inverse=True)
+        columns, column_slots = (positions % width).unique(return_inverse=True)
+        linear = conv1d = _wanted(entries.positions, height, width)
         if _FEW * len(columns) <= width:
-            few_columns = Lines(columns, (indices // width * len(columns) + column_slots).to(dtype))
-        return cls(entries, required_grad, rows, few_rows, few_columns)
+            inside = positions // width * len(columns) + column_slots
+            linear = _wanted(inside.to(entries.positions.dtype), height, len(columns), columns)
+        if _FEW * len(rows) <= height:
+            inside = row_slots * width + positions % width
+            conv1d = _wanted(inside.to(entries.positions.dtype), len(rows), width, rows)
+        return cls(entries, required_grad, rows, linear, conv1d)
 
     def tied(self, parameter: Tensor) -> Tensor:
         """Return the parameter as a tensor whose dense gradient is gathered and freed at once."""
         tied: Tensor = _Tie.apply(self.entries, parameter, self.entries.positions)  # type: ignore[no-untyped-call]
         return tied
+
+
+def _wanted(indices: Tensor, height: int, width: int, kept: Tensor | None = None) -> Wanted:
+    return Wanted(indices, ops.selected_grad_plan(indices, height, width), kept)
 
 
 class _Tie(torch.autograd.Function):
