@@ -126,8 +126,9 @@ def launch_step(
 ) -> None:
     """Check the lists, count the step, update all tensors of one kind of dtypes in one launch; nothing waits.
 
-    states: fp32 [k] tensors by name, in the order of the kernel's columns; arguments: the kernel's own numbers, after
-    (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's own.
+    states: by name, in the order of the kernel's columns, fp32 [k], or uint8 where options have scales; arguments: the
+    kernel's own numbers, after (table, lr, lr_tensor, grad_scale, found_inf, weight_decay); constants: the kernel's
+    own.
     """
     _check_lists(params, {**states, "grads": grads, "indices": indices, "masters": masters, "steps": steps}, options)
     if not params:

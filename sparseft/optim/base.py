@@ -46,7 +46,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     no momentum. `param.grad` is read and never written; a gradient of k entries in place of a dense one works too.
 
     State has one entry a selected weight, in fp32: torch's names, `step` (0-d), and for a bf16 or fp16 parameter
-    `master`, its selected entries in fp32. What every optimizer can be asked for: `SharedOptions`.
+    `master`, its selected entries in fp32. What every optimizer can be asked for, `SharedOptions`, may change that.
+    In place of parameters, a group may hold the leaves that `compact_gradients` makes of their selected entries.
     """
 
     # GradScaler hands its scale and overflow flag to step, which then needs no host synchronisation
