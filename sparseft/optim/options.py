@@ -18,7 +18,8 @@ class SharedOptions(TypedDict, total=False):
         kept in fp32, too, and rounded to the nearest. "stochastic": they are not, which saves 4 bytes each; a weight
         is rounded to either neighbour, with the probability that makes the mean right.
     state_bits: 32, or 8: the optimizer's running means take a byte an entry, and an fp32 scale for every 256 of them.
-        They keep about a digit, from the block's largest gradient down to 2^-15 of it, rounded at random.
+        They keep about a digit, from the block's largest gradient down to 2^-15 of it, rounded at random: AdamW's
+        steps vary by an eighth or so, and are right in the mean.
     seed: of random numbers, 0 to 2**62. They are a hash of it, the parameter's place in the optimizer, its step count
         and the entry's position, so that a run repeats bit for bit on any number of threads, and when it is resumed.
     """
