@@ -16,14 +16,14 @@ import sparseft
 
 NAMES = {
     "full": "full, fused AdamW",
-    "lora": "peft LoRA",
-    "shira": "peft SHiRA",
+    "lora": "peft LoRA, rank {}",
+    "shira": "peft SHiRA, rank {}",
     "supertuning": "peft Super-Tuning",
     "dense_gradients": "sparseft, dense gradients",
     "compact_torch_products": "sparseft, torch's products",
     "input_gradients": "forward + input gradients",
 }
-PEFT = ("lora", "shira", "supertuning")
+PEAKS = ("full", "lora", "shira", "supertuning", "dense_gradients")
 # model, samples, tokens, share of the linear layers' weights
 CASES = {
     "cpu": [(name, 16, 128, density) for name in ("MiniLM", "Llama of 8 layers") for density in (0.005, 0.012)],
@@ -40,19 +40,22 @@ def test_training_step(compare, device, name, n, t, density):
     steps = {each: training_steps.STEPS[each](make(device).train(), density) for each in ("compact", *NAMES)}
     dtype = next(make(device).parameters()).dtype
     passes = workloads.forward_backward_flops(make(device), [batch])
+    rank = training_steps.rank(make(device), density)
+    names = {each: name.format(rank) for each, name in NAMES.items()}
     compare(
         harness.Case(
             "training_step", f"{name}, {n} x {t} tokens, linear layers", density=density, dtype=dtype, device=device
         ),
         functools.partial(steps["compact"], batch),
-        {NAMES[each]: functools.partial(steps[each], batch) for each in NAMES},
-        rounds=7,
-        warm=1,
+        {names[each]: functools.partial(steps[each], batch) for each in NAMES},
+        rounds=5,
         floor=harness.Floor(flops=2 * passes / 3),
         peaks={
-            NAMES.get(each, "sparseft"): harness.peak_bytes(each, device, name, 1, n, t, density)
-            for each in ("compact", *NAMES)
-        },
+            names.get(each, "sparseft"): harness.peak_bytes(each, device, name, 1, n, t, density)
+            for each in ("compact", *PEAKS)
+        }
+        if density == CASES[device][-1][-1]
+        else {},
     )
 
 

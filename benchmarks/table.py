@@ -24,6 +24,12 @@ OTHERS = ("demo-", "glue-", "ird-", "sweep-")
 HEADLINES = (
     ("estimate_fisher", "MiniLM, 4 x 16 x 128", "s", ("forward + backward", "loop of batch 1, published")),
     ("estimate_fisher", "MiniLM, 16 x 128 tokens, beside peers", "s", ()),
+    (
+        "training_step",
+        "MiniLM",
+        "s",
+        ("full, fused AdamW", "peft LoRA, rank 1", "peft SHiRA, rank 1", "peft Super-Tuning"),
+    ),
     ("adamw_", "25 M weights", "s", ()),
     ("adamw_", "25 M weights", "bytes", ()),
     ("topk_indices", "", "s", ()),
