@@ -433,3 +433,19 @@ def test_access_is_to_the_parameter_itself():
         with torch.no_grad():
             weight.mul_(2)
             assert not (weight * 1).requires_grad
+
+
+@pytest.mark.parametrize("make", [sparseft.SparseAdamW, torch.optim.SGD])
+def test_an_optimizer_made_before_is_refused_and_one_of_all_parameters_is_not(make):
+    model = net()
+    mask = mask_of(model)
+    groups = mask.param_groups(model) if make is sparseft.SparseAdamW else list(model.parameters())
+    before = make(groups, lr=0.1)
+    with sparseft.compact_gradients(model, mask):
+        model(inputs()).sum().backward()
+        weights = copy.deepcopy(model.state_dict())
+        with pytest.raises(RuntimeError, match="make the optimizer inside compact_gradients"):
+            before.step()
+        assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+        make(model.parameters(), lr=0.1).step()
+        assert not torch.equal(weights["0.weight"], model.state_dict()["0.weight"])

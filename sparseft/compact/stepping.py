@@ -29,6 +29,7 @@ def following(model: nn.Module, entries: Mapping[str, SelectedEntries]) -> Itera
         return {own[id(param)]: param for param in params if id(param) in own and param.grad is not None}
 
     def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        _check_leaves_in(optimizer, entries)
         leaves = with_gradients(optimizer)
         with torch._C.DisableTorchFunctionSubclass():
             for name, leaf in leaves.items():
@@ -76,6 +77,17 @@ def write(leaves: Sequence[SelectedEntries]) -> None:
 def _writes(optimizer: Optimizer) -> bool:
     """Return whether an optimizer updates the weights behind leaves itself, as those of this package do."""
     return getattr(optimizer, "updates_dense", False)
+
+
+def _check_leaves_in(optimizer: Optimizer, entries: Mapping[str, SelectedEntries]) -> None:
+    """Raise if an optimizer has parameters whose gradients are compact, and none of their leaves: it cannot train."""
+    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
+    frozen = [name for name, leaf in entries.items() if id(leaf.dense) in params]
+    if frozen and not any(id(leaf) in params for leaf in entries.values()):
+        raise RuntimeError(
+            f"the optimizer has {frozen[0]} and not the leaf of its selected entries, which gets the gradients; make "
+            "the optimizer inside compact_gradients, from mask.param_groups(model) or model.parameters()"
+        )
 
 
 def _check(model: nn.Module, name: str, leaf: SelectedEntries) -> None:

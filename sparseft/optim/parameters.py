@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.entries import SelectedEntries
+from sparseft.entries import SelectedEntries, entries_of
 from sparseft.mask import check_indices
 from sparseft.reference import index_dtype
 
@@ -51,7 +51,7 @@ def trained(group: Mapping[str, Any]) -> Trained:
             found.grads.append(grad)
             found.indices.append(index)
             found.places.append(place)
-        elif index.numel() and not param.requires_grad:
+        elif index.numel() and not param.requires_grad and entries_of(param) is None:
             warnings.warn(
                 f"a parameter of shape {list(param.shape)} with {index.numel()} selected entries is frozen "
                 "(requires_grad=False) and does not train; unfreeze it, or select again without it",
