@@ -18,11 +18,15 @@ class SelectedEntries(nn.Parameter):
         dense: the parameter that the entries belong to.
         positions: int32 or int64 [k], where they lie in it: flat, sorted, unique; on its device.
         made_for: the parameter's shape, dtype and device when the leaf was made.
+        place: the model and the parameter's name in it; None while its gradients are not compact.
+        written: the leaf's version when its values were last the parameter's.
     """
 
     dense: Tensor
     positions: Tensor
     made_for: tuple[torch.Size, torch.dtype, torch.device]
+    place: tuple[nn.Module, str] | None
+    written: int
 
     def __new__(cls, dense: Tensor, indices: Tensor) -> SelectedEntries:
         """Return the leaf of a parameter, whose memory it does not share."""
@@ -30,6 +34,7 @@ class SelectedEntries(nn.Parameter):
         entries: SelectedEntries = torch.Tensor._make_subclass(cls, values, True)
         entries.dense, entries.positions = dense, indices
         entries.made_for = dense.shape, dense.dtype, dense.device
+        entries.place, entries.written = None, entries._version
         return entries
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:

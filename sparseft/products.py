@@ -8,6 +8,7 @@ another order: results agree to fp32 accuracy, not bit for bit.
 from __future__ import annotations
 
 import functools
+import math
 import platform
 from pathlib import Path
 
@@ -26,14 +27,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return torch.nn.functional.linear(x, weight, bias)
-    rows, shape = x.reshape(-1, x.shape[-1]), [*x.shape[:-1], weight.shape[0]]
+    rows, shape = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), [*x.shape[:-1], weight.shape[0]]
     # no views are returned: autograd would not let them be changed in place
-    if _onednn_is_faster(rows, weight):
+    if _onednn_is_faster(rows, weight) and (bias is None or bias.shape == weight.shape[:1]):
+        # oneDNN reads a bias as if it had no gaps
+        bias = None if bias is None else bias.contiguous()
         y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
         unviewed: Tensor = torch.ops.aten._unsafe_view(y, shape)
         return unviewed
     y = x.new_empty(shape)
-    out = y.view(-1, weight.shape[0])
+    out = y.view(len(rows), weight.shape[0])
     if bias is None:
         torch.mm(rows, weight.T, out=out)
     else:

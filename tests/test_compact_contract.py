@@ -9,7 +9,6 @@ import pytest
 import torch
 from models import one_thread  # noqa: F401
 from torch import nn
-from torch.optim import optimizer as torch_optimizer
 
 import sparseft
 from sparseft.compact import linear as compact_linear
@@ -105,7 +104,7 @@ def test_fifty_steps_equal_those_with_dense_gradients(make_optimizer, arithmetic
             weights[name].view(-1)[mask[name].long()] = vector
 
     optimizer.register_step_post_hook(scattered)
-    steps(dense, optimizer, [*vectors.values(), *wholes], gathered)
+    steps(dense, optimizer, [*wholes, *vectors.values()], gathered)
     moved = 0.0
     base = dict(models.make("bert").named_parameters())
     for name, weight in dense.named_parameters():
@@ -226,7 +225,7 @@ def test_everything_is_put_back():
     attributes = set(model.__dict__)
     with contextlib.suppress(ZeroDivisionError), sparseft.compact_gradients(model, mask):
         assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-            "selected/" + name.replace(".", "/") for name in mask
+            "3.selected/" + name.replace(".", "/") for name in mask
         ]
         assert all(p.grad is None for p in model.parameters())
         model(inputs()).sum().backward()
@@ -234,10 +233,8 @@ def test_everything_is_put_back():
     after = {name: (id(p), type(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
     assert before == after
     assert set(model.__dict__) == attributes
-    assert not model._state_dict_hooks
-    assert not model._load_state_dict_pre_hooks
-    assert not torch_optimizer._global_optimizer_pre_hooks
-    assert not torch_optimizer._global_optimizer_post_hooks
+    assert not model[3]._state_dict_hooks
+    assert not model[3]._load_state_dict_pre_hooks
 
 
 def test_an_optimizer_goes_on_when_the_context_is_entered_again(make_optimizer):

@@ -29,7 +29,7 @@ def compact_gradients(model: nn.Module, mask: Mask) -> CompactGradients:
 
     Linear layers, transformers' Conv1D and embeddings compute no more than what is selected. For other parameters one
     dense gradient at a time is made, gathered and freed. What the mask leaves out is frozen. On leaving, the model is
-    as before but for its weights; entered again, the context has the same leaves, so that an optimizer goes on.
+    as before but for its weights. Entered again with an equal mask, it has the same leaves: an optimizer goes on.
 
     Args:
         model: fp32, bf16 or fp16; already on its device, not yet wrapped by DDP or compiled.
@@ -51,6 +51,8 @@ class CompactGradients:
     """
 
     def __init__(self, model: nn.Module, mask: Mask) -> None:
+        # torch.compile runs the module that it wraps
+        model = getattr(model, "_orig_mod", model)
         _check_model(model, mask)
         self.entries: dict[str, SelectedEntries] = {}
         self._model, self._mask = model, mask
@@ -82,6 +84,9 @@ class CompactGradients:
                 )
             self.entries = outer.entries
             return
+        made = _made.get(self._model)
+        if not self.entries and made is not None and made[0] == self._mask:
+            self.entries = made[1]
         _check_parameters(self._model, parameters, self.entries)
         with contextlib.ExitStack() as undo:
             for name, parameter in parameters.items():
@@ -97,16 +102,21 @@ class CompactGradients:
             undo.enter_context(stepping.following(self._model, self.entries))
             undo.enter_context(_registered(self))
             self._undo = undo.pop_all()
+        _made[self._model] = self._mask, self.entries
 
 
+# model -> the leaves that were made for it last, and their mask: entered again with an equal one, it has the same
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[Mask, dict[str, SelectedEntries]]] = weakref.WeakKeyDictionary()
 _active: weakref.WeakKeyDictionary[nn.Module, CompactGradients] = weakref.WeakKeyDictionary()
 
 
 @contextlib.contextmanager
 def _registered(compact: CompactGradients) -> Iterator[None]:
     _active[compact._model] = compact
-    yield
-    del _active[compact._model]
+    try:
+        yield
+    finally:
+        del _active[compact._model]
 
 
 def _check_model(model: nn.Module, mask: Mask) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from sparseft.compact.parameter import CompactParameter
 from sparseft.compact.selection import Selection
+from sparseft.compact.stepping import refresh
 from sparseft.entries import SelectedEntries
 
 _PREFIX = "selected/"  # of the leaves' names: they have no dots, and no other parameter's name has a slash
@@ -30,7 +31,9 @@ def freeze(model: nn.Module, undo: contextlib.ExitStack, but: Collection[str]) -
 
 def _put_back(parameter: nn.Parameter, required: bool, grad: torch.Tensor | None) -> None:
     parameter.requires_grad_(required)
-    parameter.grad = grad
+    # a parameter that was resized or converted since cannot have its gradient of before
+    if grad is None or (grad.shape, grad.dtype, grad.device) == (parameter.shape, parameter.dtype, parameter.device):
+        parameter.grad = grad
 
 
 @contextlib.contextmanager
@@ -50,15 +53,21 @@ def made_compact(parameter: nn.Parameter, selection: Selection) -> Iterator[None
 def leaves_registered(
     model: nn.Module, entries: Mapping[str, SelectedEntries], required: Mapping[str, bool]
 ) -> Iterator[None]:
-    """Register the leaves as parameters of the model, which files and copies of it do not have."""
+    """Register the leaves as parameters of the model, which files and copies of it do not have.
+
+    They are the last module's, so that they come after all others: who goes through the parameters of a model and of
+    its copy side by side finds the same ones.
+    """
+    owner = list(model.modules())[-1]
     names = {_PREFIX + name.replace(".", "/"): leaf for name, leaf in entries.items()}
     for name, leaf in names.items():
-        model.register_parameter(name, leaf)
+        owner.register_parameter(name, leaf)
     handles = [
-        model.register_state_dict_post_hook(_hide),
-        model.register_load_state_dict_pre_hook(_keep),
+        owner.register_state_dict_post_hook(_hide),
+        owner.register_load_state_dict_pre_hook(_keep),
+        owner.register_load_state_dict_post_hook(_follow),
     ]
-    model.__deepcopy__ = _Copier(model, dict(required))  # type: ignore[assignment, operator, unused-ignore]
+    model.__deepcopy__ = _Copier(model, owner, dict(required))  # type: ignore[assignment, operator, unused-ignore]
     try:
         yield
     finally:
@@ -66,7 +75,7 @@ def leaves_registered(
         for handle in handles:
             handle.remove()
         for name in names:
-            del model._parameters[name]
+            owner._parameters.pop(name, None)
 
 
 def _leaves(module: nn.Module) -> dict[str, SelectedEntries]:
@@ -79,9 +88,14 @@ def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: 
 
 
 def _keep(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
-    """Have a module load the leaves it has; they follow its weights at the next step."""
+    """Have a module load the leaves it has, as they are."""
     for name, leaf in _leaves(module).items():
         state_dict[prefix + name] = leaf.detach()
+
+
+def _follow(module: nn.Module, incompatible: Any) -> None:
+    """Take over the weights that were loaded, which are all there when the last module has its own."""
+    refresh(list(_leaves(module).values()))
 
 
 class _Copier:
@@ -90,19 +104,19 @@ class _Copier:
     A model has it as its `__deepcopy__`, which is where `copy.deepcopy` looks.
     """
 
-    def __init__(self, model: nn.Module, required: dict[str, bool]) -> None:
-        self._model, self._required = model, required
+    def __init__(self, model: nn.Module, owner: nn.Module, required: dict[str, bool]) -> None:
+        self._model, self._owner, self._required = model, owner, required
 
     def __call__(self, memo: dict[int, Any]) -> nn.Module:
-        model, leaves = self._model, _leaves(self._model)
+        model, owner, leaves = self._model, self._owner, _leaves(self._owner)
         try:
             del model.__deepcopy__
             for name in leaves:
-                del model._parameters[name]
+                del owner._parameters[name]
             copied = copy.deepcopy(model, memo)
         finally:
             model.__deepcopy__ = self  # type: ignore[assignment, operator, unused-ignore]
-            model._parameters.update(leaves)
+            owner._parameters.update(leaves)
         for name, parameter in copied.named_parameters():
             parameter.requires_grad_(self._required[name])
         return copied

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -48,9 +49,9 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             matrix = weight.to(ctx.dtype)
             dx = linear(dy, matrix if ctx.transposed else matrix.T)
-        dy_rows = dy.reshape(-1, dy.shape[-1])
+        dy_rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         if x is not None:
-            x_rows = x.reshape(-1, x.shape[-1])
+            x_rows = x.reshape(len(dy_rows), x.shape[-1])
             grad = torch.zeros(indices.shape, dtype=torch.float32, device=dy.device)
             left, right = (x_rows, dy_rows) if ctx.transposed else (dy_rows, x_rows)
             torch.ops.sparseft.selected_grad_(grad, right, left, indices, plan)
@@ -62,7 +63,9 @@ class _Linear(torch.autograd.Function):
 def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
     selection: Selection | None = getattr(weight, "selection", None)
     wanted = None if selection is None else selection.conv1d if transposed else selection.linear
-    if wanted is None or entries_of(x) is not None:
+    if wanted is None or entries_of(x) is not None or x.layout is not torch.strided or x.is_nested:
+        return None
+    if bias is not None and bias.dim() != 1:
         return None
     autocast = _autocast_dtype(x)
     if autocast is None and x.dtype != weight.dtype:

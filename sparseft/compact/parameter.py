@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sparseft.compact import embedding, linear
 from sparseft.compact.selection import Selection
+from sparseft.compact.stepping import write
 from sparseft.entries import SelectedEntries
 
 # operations that compute no more of the gradient than they must; all others take the dense one of one tensor
@@ -33,6 +34,7 @@ def _about_tensors() -> Iterator[Callable[..., Any]]:
 
 
 _PLAIN = frozenset(_about_tensors())
+_IN_PLACE = frozenset(getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
 
 
 class CompactParameter(nn.Parameter):
@@ -51,13 +53,20 @@ class CompactParameter(nn.Parameter):
     ) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
+            if torch.compiler.is_dynamo_compiling():
+                # a graph drops what is tied for nothing, and cannot look functions up
+                plain = False
+            else:
+                plain = func in _PLAIN and not (func in _IN_PLACE and not isinstance(args[0], CompactParameter))
+                if not plain:
+                    _bring_up_to_date(args)
+                    _bring_up_to_date(kwargs.values())
             if torch.is_grad_enabled():
                 rule = RULES.get(func)
                 result = None if rule is None else rule(*args, **kwargs)
                 if result is not None:
                     return result
-                # a graph drops what is tied for nothing, and cannot look up such functions
-                if torch.compiler.is_dynamo_compiling() or func not in _PLAIN:
+                if not plain:
                     args, kwargs = _tied(args), _tied(kwargs)
             return func(*args, **kwargs)
 
@@ -70,6 +79,15 @@ class CompactParameter(nn.Parameter):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         return nn.Parameter(self.detach(), self.selection.required_grad).__reduce_ex__(protocol)
+
+
+def _bring_up_to_date(values: Iterable[Any]) -> None:
+    """Write leaves that were changed outside of a step, or in the middle of one, before their weights are used."""
+    for value in values:
+        if isinstance(value, CompactParameter) and value.selected_entries.written != value.selected_entries._version:
+            write([value.selected_entries])
+        elif isinstance(value, (list, tuple)):
+            _bring_up_to_date(value)
 
 
 def _tied(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -15,41 +16,52 @@ from torch.optim.optimizer import (
 )
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
-from sparseft.entries import SelectedEntries
+from sparseft.entries import SelectedEntries, entries_of
+
+# Of optimizers in the middle of a step, by id: the leaves that had gradients before it.
+_stepping: dict[int, list[SelectedEntries]] = {}
 
 
 @contextlib.contextmanager
 def following(model: nn.Module, entries: Mapping[str, SelectedEntries]) -> Iterator[None]:
     """Before a step of any optimizer, take what was changed in the weights into the leaves; after it, the reverse."""
-    own = {id(leaf): name for name, leaf in entries.items()}
-    stepping: dict[str, SelectedEntries] = {}
-
-    def with_gradients(optimizer: Optimizer) -> dict[str, SelectedEntries]:
-        params = (param for group in optimizer.param_groups for param in group["params"])
-        return {own[id(param)]: param for param in params if id(param) in own and param.grad is not None}
-
-    def before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        _check_leaves_in(optimizer, entries)
-        leaves = with_gradients(optimizer)
-        with torch._C.DisableTorchFunctionSubclass():
-            for name, leaf in leaves.items():
-                _check(model, name, leaf)
-        if not _writes(optimizer):
-            refresh(list(leaves.values()))
-            stepping.update(leaves)
-
-    def after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        if not _writes(optimizer):
-            # gradients may be freed in the step, or come about in it, in a closure
-            write(list({**stepping, **with_gradients(optimizer)}.values()))
-            stepping.clear()
-
-    handles = [register_optimizer_step_pre_hook(before), register_optimizer_step_post_hook(after)]
+    _watch_optimizers()
+    for name, leaf in entries.items():
+        leaf.place = model, name
     try:
         yield
     finally:
-        for handle in handles:
-            handle.remove()
+        write_changed(list(entries.values()))
+        for leaf in entries.values():
+            leaf.place = None
+
+
+@functools.cache
+def _watch_optimizers() -> None:
+    """Watch all optimizers from now on: one whose leaves are not active any more is still to be refused."""
+    register_optimizer_step_pre_hook(_before)
+    register_optimizer_step_post_hook(_after)
+
+
+def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    leaves = [param for param in params if isinstance(param, SelectedEntries)]
+    with torch._C.DisableTorchFunctionSubclass():
+        for leaf in leaves:
+            _check(leaf)
+    if not leaves:
+        _check_not_behind(params)
+    if leaves and not _writes(optimizer):
+        refresh(leaves)
+        _stepping[id(optimizer)] = [leaf for leaf in leaves if leaf.grad is not None]
+
+
+def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+    if id(optimizer) in _stepping:
+        # gradients may be freed in the step, or come about in it, in a closure
+        params = (param for group in optimizer.param_groups for param in group["params"])
+        now = [param for param in params if isinstance(param, SelectedEntries) and param.grad is not None]
+        write(list({id(leaf): leaf for leaf in (*_stepping.pop(id(optimizer)), *now)}.values()))
 
 
 @torch.no_grad()
@@ -61,6 +73,7 @@ def refresh(leaves: Sequence[SelectedEntries]) -> None:
         )
         for leaf, value in zip(leaves, values, strict=True):
             leaf.copy_(torch.where(leaf.to(value.dtype) == value, leaf, value.float()))
+            leaf.written = leaf._version
 
 
 @torch.no_grad()
@@ -72,6 +85,13 @@ def write(leaves: Sequence[SelectedEntries]) -> None:
         values = [leaf.detach().to(leaf.dense.dtype, copy=True) for leaf in leaves]
         torch.ops.sparseft.delta_swap_(weights, [leaf.positions for leaf in leaves], values)
         torch.autograd.graph.increment_version([leaf.dense for leaf in leaves])
+        for leaf in leaves:
+            leaf.written = leaf._version
+
+
+def write_changed(leaves: Sequence[SelectedEntries]) -> None:
+    """Round those leaves into the weights that were changed outside of a step, or in the middle of one."""
+    write([leaf for leaf in leaves if leaf.written != leaf._version])
 
 
 def _writes(optimizer: Optimizer) -> bool:
@@ -79,19 +99,24 @@ def _writes(optimizer: Optimizer) -> bool:
     return getattr(optimizer, "updates_dense", False)
 
 
-def _check_leaves_in(optimizer: Optimizer, entries: Mapping[str, SelectedEntries]) -> None:
-    """Raise if an optimizer has parameters whose gradients are compact, and none of their leaves: it cannot train."""
-    params = {id(param) for group in optimizer.param_groups for param in group["params"]}
-    frozen = [name for name, leaf in entries.items() if id(leaf.dense) in params]
-    if frozen and not any(id(leaf) in params for leaf in entries.values()):
+def _check_not_behind(params: Sequence[Any]) -> None:
+    """Raise if parameters have compact gradients and their optimizer has none of the leaves: it cannot train them."""
+    if any(entries_of(param) is not None for param in params):
         raise RuntimeError(
-            f"the optimizer has {frozen[0]} and not the leaf of its selected entries, which gets the gradients; make "
-            "the optimizer inside compact_gradients, from mask.param_groups(model) or model.parameters()"
+            "the optimizer has parameters whose gradients are compact, and not the leaves of their selected entries, "
+            "which get the gradients; make the optimizer inside compact_gradients, from mask.param_groups(model) or "
+            "model.parameters(); or, for an optimizer of this package, call set_mask(mask, model) inside"
         )
 
 
-def _check(model: nn.Module, name: str, leaf: SelectedEntries) -> None:
-    """Raise unless the model still has the parameter that the leaf belongs to, as it was."""
+def _check(leaf: SelectedEntries) -> None:
+    """Raise unless the leaf's context is entered, and its model still has its parameter, as it was."""
+    if leaf.place is None:
+        raise RuntimeError(
+            f"the optimizer has a leaf of {leaf.numel()} selected entries whose compact_gradients was left, or is of "
+            "another mask; enter it again, make another optimizer inside, or call set_mask(mask, model) inside"
+        )
+    model, name = leaf.place
     owner, _, attribute = name.rpartition(".")
     try:
         found = model.get_submodule(owner)._parameters.get(attribute)
