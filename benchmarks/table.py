@@ -20,20 +20,20 @@ import record
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
 OTHERS = ("demo-", "glue-", "ird-", "sweep-")
-# what a newcomer asks first: op, start of its case, unit, baselines (all if none is named)
+# what a newcomer asks first: op, pattern of its case, unit, baselines (all if none is named)
 HEADLINES = (
-    ("estimate_fisher", "MiniLM, 4 x 16 x 128", "s", ("forward + backward", "loop of batch 1, published")),
+    ("estimate_fisher", "MiniLM, 4 x 16 x 128 tokens", "s", ("forward + backward", "loop of batch 1, published")),
     ("estimate_fisher", "MiniLM, 16 x 128 tokens, beside peers", "s", ()),
     (
         "training_step",
-        "MiniLM",
+        "MiniLM.*",
         "s",
         ("full, fused AdamW", "peft LoRA, rank 1", "peft SHiRA, rank 1", "peft Super-Tuning"),
     ),
-    ("adamw_", "25 M weights", "s", ()),
-    ("adamw_", "25 M weights", "bytes", ()),
-    ("topk_indices", "", "s", ()),
-    ("save_delta", "", "bytes", ()),
+    ("adamw_", "25 M weights in 25 tensors(, step after step)?", "s", ()),
+    ("adamw_", "25 M weights in 25 tensors", "bytes", ()),
+    ("topk_indices", ".*", "s", ()),
+    ("save_delta", ".*", "bytes", ()),
 )
 METHODS = {"head": "head only", "random": "random", "magnitude": "magnitude", "sift": "SIFT", "fish": "FISH"}
 Row = record.Row
@@ -55,7 +55,7 @@ def headlines(folder: Path) -> str:
 def _is_headline(row: Row) -> bool:
     return any(
         row["op"] == op
-        and row["shape"].startswith(shape)
+        and re.fullmatch(shape, row["shape"])
         and row["unit"] == unit
         and row["density"] in ("", "0.005")
         and (row["role"] == "ours" or not baselines or row["backend"] in baselines)

@@ -156,7 +156,8 @@ class Mask(Mapping[str, Tensor]):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer of this package: `selected`, and `dense` if there is any.
 
-        Each holds its parameters and, beside them, their index lists on the parameters' devices. While the model's
+        Each holds its parameters and, beside them, their index lists on the parameters' devices, which optimizers of
+        other packages do not know of: they would train whole parameters. While the model's
         gradients are compact, `selected` holds the leaves of selected entries in place of parameters and index lists,
         for an optimizer of any package.
 
@@ -191,7 +192,7 @@ class Mask(Mapping[str, Tensor]):
             if leaf is None or not torch.equal(leaf.positions.cpu(), self._indices[name].cpu()):
                 raise ValueError(
                     f"the compact gradients that are active are of another mask: {name} has other entries; use the "
-                    "mask that compact_gradients was given"
+                    "mask that compact_gradients was given, or leave it and enter it with this one"
                 )
             found.append(leaf)
         return found
@@ -199,7 +200,7 @@ class Mask(Mapping[str, Tensor]):
     def freeze_rest(self, model: nn.Module) -> None:
         """Set requires_grad=False on parameters with nothing selected: their gradients would be computed for nothing.
 
-        At least the parameters of the mask stay as they are. Also keeps norm clipping to what is trained.
+        The parameters of the mask stay as they are.
         """
         self.check(model)
         for name, parameter in model.named_parameters():

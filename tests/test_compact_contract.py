@@ -224,9 +224,8 @@ def test_everything_is_put_back():
     before = {name: (id(p), type(p), p.requires_grad, p.grad) for name, p in model.named_parameters()}
     attributes = set(model.__dict__)
     with contextlib.suppress(ZeroDivisionError), sparseft.compact_gradients(model, mask):
-        assert [name for name, p in model.named_parameters() if p.requires_grad] == [
-            "3.selected/" + name.replace(".", "/") for name in mask
-        ]
+        leaves = ["3.selected/" + name.replace(".", "/") for name in mask]
+        assert [name for name, p in model.named_parameters() if p.requires_grad] == [*mask, *leaves]
         assert all(p.grad is None for p in model.parameters())
         model(inputs()).sum().backward()
         raise ZeroDivisionError
@@ -421,7 +420,6 @@ def test_access_is_to_the_parameter_itself():
         assert isinstance(weight, nn.Parameter)
         assert weight.shape == (24, 12)
         assert weight.grad is None
-        assert not weight.requires_grad
         assert weight.is_leaf
         assert weight.detach().data_ptr() == weight.data_ptr()
         assert not weight.detach().requires_grad
@@ -430,6 +428,158 @@ def test_access_is_to_the_parameter_itself():
         with torch.no_grad():
             weight.mul_(2)
             assert not (weight * 1).requires_grad
+
+
+class Product(torch.autograd.Function):
+    """Somebody's own operation, which no `__torch_function__` is asked about."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+def own_function(model, x):
+    return Product.apply(x, model[0].weight).square().mean()
+
+
+def own_function_and_layer(model, x):
+    return (Product.apply(x, model[0].weight) + model[0](x)).square().mean()
+
+
+def nested_tensor(model, x):
+    nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+    return sum(part.square().sum() for part in model[0](nested).unbind())
+
+
+def in_place(model, x):
+    h = model[0](x)
+    h += model[0].bias
+    h *= model[2].weight
+    return h.square().mean()
+
+
+@pytest.mark.parametrize("loss", [own_function, own_function_and_layer, nested_tensor, in_place])
+def test_operations_that_bypass_the_rules(loss):
+    model = net()
+    mask, other = mask_of(model, 0.5), copy.deepcopy(model)
+    loss(other, inputs()).backward()
+    with sparseft.compact_gradients(model, mask) as compact:
+        loss(model, inputs()).backward()
+        for name, leaf in compact.entries.items():
+            dense = other.get_parameter(name).grad
+            want = torch.zeros(leaf.shape) if dense is None else dense.reshape(-1)[mask[name].long()]
+            torch.testing.assert_close(torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad, want)
+            assert model.get_parameter(name).grad is None
+
+
+def minimised(model, groups):
+    optimizer = torch.optim.LBFGS([p for group in groups for p in group["params"]], max_iter=20)
+    x = inputs()
+    target = x[:, :4].sin()
+
+    def closure():
+        optimizer.zero_grad()
+        loss = (model(x) - target).square().mean()
+        loss.backward()
+        return loss
+
+    optimizer.step(closure)
+    return float(closure())
+
+
+def test_an_optimizer_that_looks_again_in_the_middle_of_a_step():
+    """L-BFGS evaluates its closure after each change of the leaves: the weights must have it by then."""
+    model = net()
+    every = Mask({name: torch.arange(p.numel()) for name, p in model.named_parameters()}, shapes_of(model))
+    plain = copy.deepcopy(model)
+    want = minimised(plain, [{"params": list(plain.parameters())}])
+    with sparseft.compact_gradients(model, every):
+        got = minimised(model, every.param_groups(model))
+    assert got < 0.3
+    assert abs(got - want) < 0.02
+
+
+def shapes_of(model):
+    return {name: p.shape for name, p in model.named_parameters()}
+
+
+def test_leaves_changed_by_hand_are_in_the_weights():
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask) as compact:
+        with torch.no_grad():
+            for leaf in compact.entries.values():
+                leaf.add_(1)
+        wanted = {name: leaf.detach().clone() for name, leaf in compact.entries.items()}
+    for name, want in wanted.items():
+        torch.testing.assert_close(model.get_parameter(name).detach().view(-1)[mask[name].long()], want)
+
+
+def test_a_new_context_of_the_same_mask_has_the_same_leaves(make_optimizer):
+    model = net()
+    mask, optimizer, before = mask_of(model), None, copy.deepcopy(model.state_dict())
+    for _ in range(2):
+        with sparseft.compact_gradients(model, mask):
+            optimizer = optimizer or make_optimizer(mask.param_groups(model))
+            model(inputs()).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            after = copy.deepcopy(model.state_dict())
+        assert not torch.equal(before["0.weight"], after["0.weight"])
+        before = after
+
+
+def test_leaves_whose_context_was_left_are_refused(make_optimizer):
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask):
+        optimizer = make_optimizer(mask.param_groups(model))
+        model(inputs()).sum().backward()
+    with pytest.raises(RuntimeError, match="compact_gradients was left, or is of another mask"):
+        optimizer.step()
+
+
+def test_an_average_made_inside_follows_the_weights():
+    model = net()
+    mask = mask_of(model)
+    with sparseft.compact_gradients(model, mask):
+        average = torch.optim.swa_utils.AveragedModel(model)
+        average.update_parameters(model)
+        for mean, weight in zip(average.module.parameters(), model.parameters(), strict=False):
+            assert mean.shape == weight.shape
+            assert torch.equal(mean, weight)
+
+
+def test_a_low_precision_run_goes_on_where_it_was_saved(tmp_path):
+    """The leaves' digits beyond the weights' are in the optimizer's state."""
+
+    def steps(model, optimizer, which):
+        for step in which:
+            model(inputs(step, torch.bfloat16)).float().square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    whole, resumed = net(torch.bfloat16), net(torch.bfloat16)
+    mask = mask_of(whole)
+    with sparseft.compact_gradients(whole, mask):
+        optimizer = sparseft.SparseAdamW(mask.param_groups(whole), lr=1e-4)
+        steps(whole, optimizer, range(5))
+        torch.save([whole.state_dict(), optimizer.state_dict()], tmp_path / "saved.pt")
+        steps(whole, optimizer, range(5, 10))
+    weights, state = torch.load(tmp_path / "saved.pt")
+    with sparseft.compact_gradients(resumed, mask) as compact:
+        optimizer = sparseft.SparseAdamW(mask.param_groups(resumed), lr=1e-4)
+        resumed.load_state_dict(weights)
+        optimizer.load_state_dict(state)
+        assert any(not torch.equal(leaf, leaf.to(torch.bfloat16).float()) for leaf in compact.entries.values())
+        steps(resumed, optimizer, range(5, 10))
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("make", [sparseft.SparseAdamW, torch.optim.SGD])

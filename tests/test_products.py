@@ -42,6 +42,22 @@ def test_linear(library, shape, layout, with_bias):
     assert float((y - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
+@pytest.mark.parametrize("bias", [torch.randn(18)[::2], torch.randn(1).expand(9), torch.randn(9, 7)[:, 3]])
+def test_a_bias_with_gaps(library, bias):
+    x, weight = torch.randn(17, 33), torch.randn(9, 33)
+    want = x.double() @ weight.double().T + bias.double()
+    assert float((products.linear(x, weight, bias) - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 4), (3, 0, 4), (3, 5, 0)])
+def test_nothing_to_multiply(library, shape):
+    rows, inside, out = shape
+    y = products.linear(torch.randn(2, rows, inside), torch.randn(out, inside), torch.ones(out))
+    assert torch.equal(
+        y, torch.nn.functional.linear(torch.zeros(2, rows, inside), torch.zeros(out, inside), torch.ones(out))
+    )
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 def test_other_dtypes_stay_with_torch(library, dtype):
     x, weight = torch.randn(40, 24).to(dtype), torch.randn(16, 24).to(dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparseft.compact import stepping
-from sparseft.compact.changes import freeze, leaves_registered, made_compact
+from sparseft.compact.changes import freeze, hidden_from_ddp, leaves_registered, made_compact
 from sparseft.compact.selection import Selection
 from sparseft.entries import SelectedEntries, entries_of
 from sparseft.mask import Mask
@@ -22,8 +22,8 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def compact_gradients(model: nn.Module, mask: Mask) -> CompactGradients:
     """Return a context in which backward computes the gradients of a mask's entries, and no dense weight gradient.
 
-    Inside, each selected parameter is frozen, and has a leaf of its selected entries instead: an fp32 parameter of k
-    values, registered with the model, whose gradient has k values too. `mask.param_groups(model)` gives these leaves
+    Inside, each selected parameter has a leaf of its selected entries, which gets its gradients: an fp32 parameter of
+    k values, registered with the model, whose gradient has k values too. `mask.param_groups(model)` gives these leaves
     to any torch optimizer; `model.parameters()` has them for clipping, DDP and logging. After an optimizer's step the
     model's weights have what the leaves have. `state_dict()` does not show them.
 
@@ -99,6 +99,7 @@ class CompactGradients:
                 selection = Selection.of(parameter, self.entries[name], required[name])
                 undo.enter_context(made_compact(parameter, selection))
             undo.enter_context(leaves_registered(self._model, self.entries, required))
+            undo.enter_context(hidden_from_ddp(self._model, self.entries))
             undo.enter_context(stepping.following(self._model, self.entries))
             undo.enter_context(_registered(self))
             self._undo = undo.pop_all()

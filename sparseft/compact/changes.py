@@ -13,8 +13,9 @@ from torch import nn
 from sparseft.compact.parameter import CompactParameter
 from sparseft.compact.selection import Selection
 from sparseft.compact.stepping import refresh
-from sparseft.entries import SelectedEntries
+from sparseft.entries import SelectedEntries, entries_of
 
+_DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 _PREFIX = "selected/"  # of the leaves' names: they have no dots, and no other parameter's name has a slash
 
 
@@ -38,15 +39,45 @@ def _put_back(parameter: nn.Parameter, required: bool, grad: torch.Tensor | None
 
 @contextlib.contextmanager
 def made_compact(parameter: nn.Parameter, selection: Selection) -> Iterator[None]:
-    """Pass the parameter's gradients to its leaf."""
+    """Pass the parameter's gradients to its leaf.
+
+    It goes on requiring gradients: what is done where no `__torch_function__` is asked, as in an autograd.Function of
+    somebody else, finds a parameter like any other, and leaves a dense gradient, which is gathered and freed.
+    """
     parameter.__class__ = CompactParameter
     parameter.selection = selection  # type: ignore[attr-defined]
     parameter.selected_entries = selection.entries  # type: ignore[attr-defined]
+    parameter.requires_grad_(True)
+    handle = parameter.register_post_accumulate_grad_hook(_gather_gradient)
     try:
         yield
     finally:
+        handle.remove()
         del parameter.selection, parameter.selected_entries  # type: ignore[attr-defined]
         parameter.__class__ = nn.Parameter
+
+
+def _gather_gradient(parameter: torch.Tensor) -> None:
+    grad, parameter.grad = parameter.grad, None
+    leaf = entries_of(parameter)
+    if grad is not None and leaf is not None and leaf.requires_grad:
+        (selected,) = torch.ops.sparseft.gather([grad.contiguous()], [leaf.positions])
+        # through autograd, for those who wait for the leaf's gradient
+        torch.autograd.backward([leaf], [selected.float()])
+
+
+@contextlib.contextmanager
+def hidden_from_ddp(model: nn.Module, names: Collection[str]) -> Iterator[None]:
+    """Have DDP average the gradients of the leaves, and none of the parameters that they belong to."""
+    before = getattr(model, _DDP_IGNORES, None)
+    setattr(model, _DDP_IGNORES, [*(before or ()), *names])
+    try:
+        yield
+    finally:
+        if before is None:
+            delattr(model, _DDP_IGNORES)
+        else:
+            setattr(model, _DDP_IGNORES, before)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,9 @@ have a handful of entries or none, so that a product of their means says little 
 from sparseft.optim.adamw import SparseAdamW
 from sparseft.optim.in_backward import step_in_backward
 from sparseft.optim.lion import SparseLion
+from sparseft.optim.options import SharedOptions
 from sparseft.optim.sgd import SparseSGD
 
 OPTIMIZERS = {"adamw": SparseAdamW, "lion": SparseLion, "sgd": SparseSGD}
 
-__all__ = ["OPTIMIZERS", "SparseAdamW", "SparseLion", "SparseSGD", "step_in_backward"]
+__all__ = ["OPTIMIZERS", "SharedOptions", "SparseAdamW", "SparseLion", "SparseSGD", "step_in_backward"]

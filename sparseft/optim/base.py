@@ -18,7 +18,7 @@ from sparseft.mask import Mask
 from sparseft.optim.clipping import divisor, gradient_norm
 from sparseft.optim.mask_change import Move, carry_leaf, members
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.optim.parameters import Trained, checked_indices, trained, untie_copies, weight
+from sparseft.optim.parameters import Trained, checked_indices, take_master, trained, untie_copies, weight
 from sparseft.optim.states import carried_state, make_state
 
 
@@ -114,6 +114,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             place += len(group["params"])
         return loss
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state; the leaf of a bf16 or fp16 parameter is in it as the `master` that it doubles as."""
+        found = super().state_dict()
+        params = chain.from_iterable(group["params"] for group in self.param_groups)
+        keys = chain.from_iterable(group["params"] for group in found["param_groups"])
+        for key, param in zip(keys, params, strict=True):
+            if key in found["state"] and isinstance(param, SelectedEntries) and param.dense.dtype != torch.float32:
+                found["state"][key] = {**found["state"][key], "master": param.detach()}
+        return found
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state, index lists included; dtypes and values stay as they were saved.
 
@@ -141,6 +152,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[param][name] = value.to(param.device, copy=True) if torch.is_tensor(value) else value
+            if isinstance(param, SelectedEntries) and "master" in self.state[param]:
+                take_master(param, self.state[param].pop("master"))
 
     @torch.no_grad()
     def set_mask(self, mask: Mask, model: nn.Module) -> None:

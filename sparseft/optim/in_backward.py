@@ -27,10 +27,19 @@ def step_in_backward(optimizer: torch.optim.Optimizer) -> Iterator[None]:
             package do.
 
     Raises:
-        RuntimeError: `optimizer.step()` is called inside, as accumulation and GradScaler do; or there are gradients
-            from before; nothing was changed.
+        RuntimeError: `optimizer.step()` is called inside, as accumulation and GradScaler do; there are gradients
+            from before; or several processes train together. Nothing was changed.
         ValueError: the optimizer clips.
     """
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            f"steps in backward are for one process, got {torch.distributed.get_world_size()}: each would step by its "
+            "own gradients, before they are averaged"
+        )
     clipped = [group["max_norm"] for group in optimizer.param_groups if group.get("max_norm") is not None]
     if clipped:
         raise ValueError(

@@ -31,6 +31,13 @@ def values(param: Tensor, index: Tensor) -> Tensor:
     return weight(param).detach().view(-1)[index.long()]
 
 
+def take_master(leaf: SelectedEntries, master: Tensor) -> None:
+    """Take the digits of a saved master into a leaf, where its weight is what the master rounds to."""
+    weights = values(leaf, leaf.positions)
+    leaf.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
+    leaf.written = leaf._version
+
+
 @dataclasses.dataclass
 class Trained:
     """The parameters of a group that have a gradient, the gradients, index lists, and places in the group."""
