@@ -6,7 +6,7 @@ import torch
 from models import one_thread  # noqa: F401
 
 from sparseft import testing
-from sparseft.fisher import batch_one_fisher, estimate_fisher, verify
+from sparseft.fisher import batch_one_fisher, estimate_fisher, small_layers, verify
 
 
 def own_loss_loop(model, batch):
@@ -186,3 +186,24 @@ def test_report_prints_what_was_done():
     assert "cross-entropy of the next token" in text
     assert "transformer.wte.weight = lm_head.weight" in text
     assert "1 embedding + linear" in text
+
+
+@pytest.mark.parametrize("name", ["bert masked", "gpt2", "albert", "t5"])
+@pytest.mark.parametrize("most", [3, 32])
+def test_small_layers_share_a_launch_and_nothing_changes(name, most, monkeypatch):
+    """As on a GPU, here on any device: layers wait for others, also those of tied and repeated weights."""
+    monkeypatch.setattr(small_layers, "_DEVICES", ("cpu", "cuda"))
+    monkeypatch.setattr(small_layers, "_MOST", most)
+    launches = []
+    op = torch.ops.sparseft.fisher_linears_
+
+    def counted(fishers, xs, dys):
+        launches.append(len(fishers))
+        op(fishers, xs, dys)
+
+    monkeypatch.setattr(small_layers.torch.ops.sparseft, "fisher_linears_", counted)
+    model = models.make(name)
+    batch = models.batch(name)
+    scores = estimate_fisher(model, slices(batch, 3), progress=False)
+    assert_same(scores, own_loss_loop(model, batch))
+    assert max(launches) == most if most == 3 else max(launches) > 4

@@ -98,11 +98,9 @@ class Vector:
 Contribution = Outer | Patches | Grouped | Lookup | Vector
 
 
-def add_outers_(fisher: Tensor, outers: list[Outer]) -> None:
-    """Add the squared per-sample gradients of linear uses to fisher [A, B]: uses follow each other along T."""
-    left, right = _joined([outer.left for outer in outers]), _joined([outer.right for outer in outers])
-    left, right = _without_doubles(left, right)
-    torch.ops.sparseft.fisher_linear_(fisher, right, left)
+def joined_outers(outers: list[Outer]) -> tuple[Tensor, Tensor]:
+    """Return the linear uses of one parameter [A, B] as one: uses follow each other along T."""
+    return _without_doubles(*(_joined([getattr(outer, side) for outer in outers]) for side in ("left", "right")))
 
 
 def outer_rows(outers: list[Outer], ids: Tensor) -> Tensor:

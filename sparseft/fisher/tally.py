@@ -14,6 +14,7 @@ from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
 from sparseft.fisher.grouped import Grouped, add_grouped_
 from sparseft.fisher.layout import Rows
 from sparseft.fisher.patches import Patches, add_patches_
+from sparseft.fisher.small_layers import SmallLayers
 
 _FORM: dict[str, type[Contribution]] = {
     "linear": Outer,
@@ -75,8 +76,9 @@ _Key = tuple[str, Rows | None]
 class Tally:
     """Receives the contributions of one backward pass and adds them to `fisher`.
 
-    A parameter used once is added at once and nothing is kept. One used several times waits for its last use; a
-    linear use that shares its parameter with an embedding (a tied head) leaves only the rows that are looked up.
+    A parameter used once is added at once and nothing is kept, but for small layers on a GPU, which wait for others.
+    One used several times waits for its last use; a linear use that shares its parameter with an embedding (a tied
+    head) leaves only the rows that are looked up.
     """
 
     def __init__(self, fisher: Mapping[str, Tensor], uses: list[Use], ignored: Collection[str]) -> None:
@@ -86,6 +88,7 @@ class Tally:
             if use.name not in ignored:
                 self._uses.setdefault((use.name, use.rows), []).append(use)
         self._waiting: dict[_Key, _Waiting] = {}
+        self._small = SmallLayers()
 
     def __call__(self, use: Use, part: Contribution) -> None:
         """Take one contribution."""
@@ -95,7 +98,7 @@ class Tally:
         if key not in self._waiting:
             fisher = self._fisher[use.name]
             own = fisher if use.rows is None else fisher[use.rows.start : use.rows.stop]
-            self._waiting[key] = _Waiting(own, self._uses[key])
+            self._waiting[key] = _Waiting(own, self._uses[key], self._small)
         waiting = self._waiting[key]
         waiting.take(use, part)
         if waiting.complete():
@@ -106,14 +109,16 @@ class Tally:
         for waiting in self._waiting.values():
             waiting.close()
         self._waiting.clear()
+        self._small.flush()
 
 
 class _Waiting:
     """What has arrived of one parameter in this backward pass."""
 
-    def __init__(self, fisher: Tensor, uses: list[Use]) -> None:
+    def __init__(self, fisher: Tensor, uses: list[Use], small: SmallLayers) -> None:
         self._fisher = fisher
         self._uses = uses
+        self._small = small
         self._arrived = 0
         self._outers: list[Outer] = []
         self._outers_to_come = sum(form(use) is Outer for use in uses)
@@ -159,7 +164,8 @@ class _Waiting:
         ids = [use.ids for use in self._uses if use.ids is not None]
         if ids:
             self._rows = contribution.outer_rows(self._outers, torch.cat(ids, 1))
-        contribution.add_outers_(self._fisher, self._outers)
+        left, right = contribution.joined_outers(self._outers)
+        self._small.add(self._fisher, right, left)
         self._outers = []
 
     def _all_lookups(self) -> list[Lookup]:
