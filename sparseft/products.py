@@ -1,8 +1,8 @@
 """Matrix products of linear layers, by the faster of the two libraries that torch carries for the CPU.
 
-torch gives fp32 products to MKL, which keeps to AVX2 on processors that Intel did not make: on a Zen 5 that is less than
-half the speed of oneDNN, which torch carries too. There products of some size go to oneDNN. It rounds in another order:
-results agree to fp32 accuracy, not bit for bit.
+torch gives fp32 products to MKL, which keeps to AVX2 on processors that Intel did not make: on a Zen 5 that is less
+than half the speed of oneDNN, which torch carries too. There products of some size go to oneDNN. It rounds in another
+order: results agree to fp32 accuracy, not bit for bit.
 """
 
 from __future__ import annotations
