@@ -19,14 +19,13 @@ class SelectedEntries(nn.Parameter):
         positions: int32 or int64 [k], where they lie in it: flat, sorted, unique; on its device.
         made_for: the parameter's shape, dtype and device when the leaf was made.
         place: the model and the parameter's name in it; None while its gradients are not compact.
-        written: the leaf's version when its values were last the parameter's.
     """
 
     dense: Tensor
     positions: Tensor
     made_for: tuple[torch.Size, torch.dtype, torch.device]
     place: tuple[nn.Module, str] | None
-    written: int
+    _written: tuple[int, int]
 
     def __new__(cls, dense: Tensor, indices: Tensor) -> SelectedEntries:
         """Return the leaf of a parameter, whose memory it does not share."""
@@ -34,8 +33,18 @@ class SelectedEntries(nn.Parameter):
         entries: SelectedEntries = torch.Tensor._make_subclass(cls, values, True)
         entries.dense, entries.positions = dense, indices
         entries.made_for = dense.shape, dense.dtype, dense.device
-        entries.place, entries.written = None, entries._version
+        entries.place = None
+        entries.mark_written()
         return entries
+
+    @property
+    def changed(self) -> bool:
+        """Whether the leaf was changed in place, or got other memory, since its values were the parameter's."""
+        return self._written != (self._version, self.data_ptr())
+
+    def mark_written(self) -> None:
+        """Note that the leaf's values, rounded, are the parameter's."""
+        self._written = self._version, self.data_ptr()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Copy the values alone: a copied optimizer is not tied to the model of the other."""

@@ -1,4 +1,4 @@
-"""Matrix products of linear layers, by the faster of the two libraries that torch carries for the CPU.
+"""Matrix products of linear layers: their dtype, and the faster of the two libraries that torch carries for the CPU.
 
 torch gives fp32 products to MKL, which keeps to AVX2 on processors that Intel did not make: on a Zen 5 that is less
 than half the speed of oneDNN, which torch carries too. There products of some size go to oneDNN. It rounds in another
@@ -42,6 +42,13 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         torch.addmm(bias, rows, weight.T, out=out)
     return y
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """Return the dtype in which autocast multiplies x; its own, where autocast is off."""
+    device = x.device.type
+    cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
+    return torch.get_autocast_dtype(device) if cast else x.dtype
 
 
 @functools.cache

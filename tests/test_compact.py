@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from compacts import inputs, mask_of, net
 from models import one_thread  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -216,3 +217,51 @@ def test_forward_results_are_the_same():
         with torch.no_grad():
             assert torch.equal(model(**batch).logits, want)
     torch.testing.assert_close(got, want)
+
+
+class Product(torch.autograd.Function):
+    """Somebody's own operation, which no `__torch_function__` is asked about."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(x, weight)
+        return x @ weight.T
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        return grad @ weight, grad.T @ x
+
+
+def own_function(model, x):
+    return Product.apply(x, model[0].weight).square().mean()
+
+
+def own_function_and_layer(model, x):
+    return (Product.apply(x, model[0].weight) + model[0](x)).square().mean()
+
+
+def nested_tensor(model, x):
+    nested = torch.nested.nested_tensor([x[:3], x[3:]], layout=torch.jagged)
+    return sum(part.square().sum() for part in model[0](nested).unbind())
+
+
+def in_place(model, x):
+    h = model[0](x)
+    h += model[0].bias
+    h *= model[2].weight
+    return h.square().mean()
+
+
+@pytest.mark.parametrize("loss", [own_function, own_function_and_layer, nested_tensor, in_place])
+def test_operations_that_bypass_the_rules(loss):
+    model = net()
+    mask, other = mask_of(model, 0.5), copy.deepcopy(model)
+    loss(other, inputs()).backward()
+    with sparseft.compact_gradients(model, mask) as compact:
+        loss(model, inputs()).backward()
+        for name, leaf in compact.entries.items():
+            dense = other.get_parameter(name).grad
+            want = torch.zeros(leaf.shape) if dense is None else dense.reshape(-1)[mask[name].long()]
+            torch.testing.assert_close(torch.zeros(leaf.shape) if leaf.grad is None else leaf.grad, want)
+            assert model.get_parameter(name).grad is None

@@ -120,11 +120,14 @@ def test_no_step_waits_for_the_gpu():
     model, groups = model_and_groups(device="cuda")
     optimizer = sparseft.SparseAdamW(groups, max_norm=0.1)
     train(model, optimizer, 2)
+    before = copy.deepcopy(weights(model))
+    # a wait for the device raises
     torch.cuda.set_sync_debug_mode("error")
     try:
         optimizer.step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert any(not torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
 
 
 @pytest.mark.parametrize("max_norm", [0.0, -1.0, float("nan")])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sparseft.compact import stepping
-from sparseft.compact.changes import freeze, hidden_from_ddp, leaves_registered, made_compact
+from sparseft.compact.changes import hidden_from_ddp, leaves_registered, made_compact, rest_frozen
 from sparseft.compact.selection import Selection
 from sparseft.entries import SelectedEntries, entries_of
 from sparseft.mask import Mask
@@ -94,9 +94,10 @@ class CompactGradients:
                     stepping.refresh([self.entries[name]])
                 else:
                     self.entries[name] = SelectedEntries(parameter, self._mask[name].to(parameter.device))
-            required = freeze(self._model, undo, but=self._mask.dense)
+            required = {name: p.requires_grad for name, p in self._model.named_parameters()}
+            undo.enter_context(rest_frozen(self._model, self._mask))
             for name, parameter in parameters.items():
-                selection = Selection.of(parameter, self.entries[name], required[name])
+                selection = Selection.of(parameter, self.entries[name])
                 undo.enter_context(made_compact(parameter, selection))
             undo.enter_context(leaves_registered(self._model, self.entries, required))
             undo.enter_context(hidden_from_ddp(self._model, self.entries))

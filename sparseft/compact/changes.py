@@ -14,20 +14,24 @@ from sparseft.compact.parameter import CompactParameter
 from sparseft.compact.selection import Selection
 from sparseft.compact.stepping import refresh
 from sparseft.entries import SelectedEntries, entries_of
+from sparseft.mask import Mask
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
 _PREFIX = "selected/"  # of the leaves' names: they have no dots, and no other parameter's name has a slash
 
 
-def freeze(model: nn.Module, undo: contextlib.ExitStack, but: Collection[str]) -> dict[str, bool]:
-    """Freeze every parameter but those named, and put their gradients aside; return which required one before."""
-    required = {name: p.requires_grad for name, p in model.named_parameters()}
-    for name, parameter in model.named_parameters():
-        if name not in but:
-            undo.callback(_put_back, parameter, parameter.requires_grad, parameter.grad)
-            parameter.grad = None
-            parameter.requires_grad_(False)
-    return required
+@contextlib.contextmanager
+def rest_frozen(model: nn.Module, mask: Mask) -> Iterator[None]:
+    """Freeze what the mask leaves out; put gradients aside but for those of parameters that train whole."""
+    before = [(p, p.requires_grad, p.grad) for name, p in model.named_parameters() if name not in mask.dense]
+    mask.freeze_rest(model)
+    for parameter, _, _ in before:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for each in before:
+            _put_back(*each)
 
 
 def _put_back(parameter: nn.Parameter, required: bool, grad: torch.Tensor | None) -> None:
@@ -47,7 +51,6 @@ def made_compact(parameter: nn.Parameter, selection: Selection) -> Iterator[None
     parameter.__class__ = CompactParameter
     parameter.selection = selection  # type: ignore[attr-defined]
     parameter.selected_entries = selection.entries  # type: ignore[attr-defined]
-    parameter.requires_grad_(True)
     handle = parameter.register_post_accumulate_grad_hook(_gather_gradient)
     try:
         yield

@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.compact.selection import Selection
 from sparseft.entries import entries_of
-from sparseft.products import linear
+from sparseft.products import autocast_dtype, linear
 
 
 class _Linear(torch.autograd.Function):
@@ -67,13 +67,12 @@ def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: 
         return None
     if bias is not None and bias.dim() != 1:
         return None
-    autocast = _autocast_dtype(x)
-    if autocast is None and x.dtype != weight.dtype:
+    if x.dtype != weight.dtype and not torch.is_autocast_enabled(x.device.type):
         return None
     if bias is not None and entries_of(bias) is not None:
         bias = bias.selection.tied(bias)  # type: ignore[attr-defined]
-    if autocast:
-        x, bias = x.to(autocast), None if bias is None else bias.to(autocast)
+    dtype = autocast_dtype(x)
+    x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
     more = (wanted.indices, wanted.plan, wanted.kept)
     y: Tensor = _Linear.apply(entries_of(weight), x, weight, bias, transposed, *more)  # type: ignore[no-untyped-call]
     return y
@@ -94,12 +93,6 @@ def _matmul(input: Tensor, other: Tensor, **options: Any) -> Tensor | None:
     if options or entries_of(other) is None:
         return None
     return _compact_linear(input, other, None, transposed=True)
-
-
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    """Return the dtype in which autocast multiplies x; None where it is off."""
-    device = x.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) and x.dtype != torch.float64 else None
 
 
 RULES: dict[Callable[..., Any], Callable[..., Tensor | None]] = {

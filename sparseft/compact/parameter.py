@@ -73,18 +73,18 @@ class CompactParameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Copy the parameter as it was before, gradients and all."""
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.selection.required_grad)
+            memo[id(self)] = nn.Parameter(self.detach().clone())
         copied: nn.Parameter = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), self.selection.required_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach()).__reduce_ex__(protocol)
 
 
 def _bring_up_to_date(values: Iterable[Any]) -> None:
     """Write leaves that were changed outside of a step, or in the middle of one, before their weights are used."""
     for value in values:
-        if isinstance(value, CompactParameter) and value.selected_entries.written != value.selected_entries._version:
+        if isinstance(value, CompactParameter) and value.selected_entries.changed:
             write([value.selected_entries])
         elif isinstance(value, (list, tuple)):
             _bring_up_to_date(value)

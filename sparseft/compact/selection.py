@@ -36,23 +36,21 @@ class Selection:
 
     Attributes:
         entries: the leaf.
-        required_grad: whether the parameter itself required a gradient before.
         rows: of a matrix, the numbers of those in which anything is selected: int64, sorted.
         linear: of a matrix [O, I], what x @ matrix.T wants.
         conv1d: of a matrix [I, O], what x @ matrix wants.
     """
 
     entries: SelectedEntries
-    required_grad: bool
     rows: Tensor | None = None
     linear: Wanted | None = None
     conv1d: Wanted | None = None
 
     @classmethod
-    def of(cls, parameter: Tensor, entries: SelectedEntries, required_grad: bool) -> Selection:
+    def of(cls, parameter: Tensor, entries: SelectedEntries) -> Selection:
         """Return what there is to know of a parameter."""
         if parameter.dim() != 2:
-            return cls(entries, required_grad)
+            return cls(entries)
         height, width = parameter.shape
         positions = entries.positions.long()
         rows, row_slots = (positions // width).unique(return_inverse=True)
@@ -64,7 +62,7 @@ class Selection:
         if _FEW * len(rows) <= height:
             inside = row_slots * width + positions % width
             conv1d = _wanted(inside.to(entries.positions.dtype), len(rows), width, rows)
-        return cls(entries, required_grad, rows, linear, conv1d)
+        return cls(entries, rows, linear, conv1d)
 
     def tied(self, parameter: Tensor) -> Tensor:
         """Return the parameter as a tensor whose dense gradient is gathered and freed at once."""

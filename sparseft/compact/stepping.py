@@ -51,6 +51,8 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _check(leaf)
     if not leaves:
         _check_not_behind(params)
+    # what was changed by hand since the last step or forward pass, as sharpness-aware steps do
+    write_changed(leaves)
     if leaves and not _writes(optimizer):
         refresh(leaves)
         _stepping[id(optimizer)] = [leaf for leaf in leaves if leaf.grad is not None]
@@ -73,7 +75,7 @@ def refresh(leaves: Sequence[SelectedEntries]) -> None:
         )
         for leaf, value in zip(leaves, values, strict=True):
             leaf.copy_(torch.where(leaf.to(value.dtype) == value, leaf, value.float()))
-            leaf.written = leaf._version
+            leaf.mark_written()
 
 
 @torch.no_grad()
@@ -86,12 +88,12 @@ def write(leaves: Sequence[SelectedEntries]) -> None:
         torch.ops.sparseft.delta_swap_(weights, [leaf.positions for leaf in leaves], values)
         torch.autograd.graph.increment_version([leaf.dense for leaf in leaves])
         for leaf in leaves:
-            leaf.written = leaf._version
+            leaf.mark_written()
 
 
 def write_changed(leaves: Sequence[SelectedEntries]) -> None:
     """Round those leaves into the weights that were changed outside of a step, or in the middle of one."""
-    write([leaf for leaf in leaves if leaf.written != leaf._version])
+    write([leaf for leaf in leaves if leaf.changed])
 
 
 def _writes(optimizer: Optimizer) -> bool:

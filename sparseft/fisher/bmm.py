@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseft.fisher.grouped import Grouped
+from sparseft.products import autocast_dtype
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -41,7 +42,7 @@ def _bmm(capture: Capture, x: Tensor, weight: Tensor, **options: Any) -> Tensor 
     use = capture.claim(weight, (x.shape[1], len(x), weight.shape[2]), "bmm", same_shape=True)
     if use is None:
         return None
-    dtype = capture.autocast_dtype(x)
+    dtype = autocast_dtype(x)
     return capture.run(_Bmm, use, x.to(dtype), capture.sealed(weight, use).to(dtype))
 
 

@@ -242,12 +242,6 @@ class Capture(TorchFunctionMode):
         torch.autograd.grad(outputs, [self.anchor], cotangent, retain_graph=retain_graph, allow_unused=True)
         self.shared.pull_back()
 
-    def autocast_dtype(self, x: Tensor) -> torch.dtype:
-        """Return the dtype in which autocast would multiply x; its own, where autocast is off."""
-        device = x.device.type
-        cast = torch.is_autocast_enabled(device) and x.dtype != torch.float64
-        return torch.get_autocast_dtype(device) if cast else x.dtype
-
     def stop(self) -> None:
         """Drop what is emitted from now on."""
         self.emit = lambda use, contribution: None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from sparseft.fisher.elementwise import per_sample
 from sparseft.fisher.patches import Patches, Window
+from sparseft.products import autocast_dtype
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -80,7 +81,7 @@ def _capture_convolution(
     )
     if uses == (None, None):
         return None
-    dtype = capture.autocast_dtype(x)
+    dtype = autocast_dtype(x)
     x, weight = x.to(dtype), capture.sealed(weight, uses[0]).to(dtype)
     bias = None if bias is None else capture.sealed(bias, uses[1]).to(dtype)
     return capture.run(_Convolution, uses, kind, x, weight, bias)

@@ -20,6 +20,7 @@ from torch.overrides import handle_torch_function, has_torch_function
 
 from sparseft.fisher.contribution import Vector
 from sparseft.fisher.grouped import Grouped, sum_segments
+from sparseft.products import autocast_dtype
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -154,7 +155,7 @@ class _Step:
         return cls(weight, bias, uses)
 
     def run(self, capture: Capture, routing: _Routing, transposed: bool, x: Tensor) -> Tensor:
-        dtype = capture.autocast_dtype(x)
+        dtype = autocast_dtype(x)
         weight = capture.sealed(self.weight, self.uses[0]).to(dtype)
         bias = None if self.bias is None else capture.sealed(self.bias, self.uses[1]).to(dtype)
         return capture.run(_StackedLinear, self.uses, routing, transposed, x.to(dtype), weight, bias)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.fisher.contribution import Outer, Vector
-from sparseft.products import linear
+from sparseft.products import autocast_dtype, linear
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -59,7 +59,7 @@ def _capture_linear(capture: Capture, x: Tensor, weight: Tensor, bias: Tensor | 
     )
     if uses == (None, None):
         return None
-    dtype = capture.autocast_dtype(x)
+    dtype = autocast_dtype(x)
     x, weight = x.to(dtype), capture.sealed(weight, uses[0]).to(dtype)
     bias = None if bias is None else capture.sealed(bias, uses[1]).to(dtype)
     return capture.run(_Linear, uses, conv1d, x, weight, bias)

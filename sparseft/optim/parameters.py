@@ -35,7 +35,7 @@ def take_master(leaf: SelectedEntries, master: Tensor) -> None:
     """Take the digits of a saved master into a leaf, where its weight is what the master rounds to."""
     weights = values(leaf, leaf.positions)
     leaf.copy_(torch.where(master.to(weights.dtype) == weights, master, weights.float()))
-    leaf.written = leaf._version
+    leaf.mark_written()
 
 
 @dataclasses.dataclass
