@@ -7,7 +7,8 @@ import harness
 import pytest
 import torch
 
-from sparseft import ops, testing
+from sparseft import testing
+from sparseft.index_lists import pack
 
 FP32, BF16 = torch.float32, torch.bfloat16
 # tokens, in, out, density, dtype
@@ -35,22 +36,19 @@ SHAPES = {
 def test_selected_grad(compare, device, m, i, o, density, dtype):
     x, dy = torch.randn(m, i, device=device).to(dtype), torch.randn(m, o, device=device).to(dtype)
     generator = torch.Generator().manual_seed(0)
-    indices = testing.random_indices(o * i, int(density * o * i), generator).to(device)
-    grad, wide = torch.zeros(indices.numel(), device=device), indices.long()
-    plan = ops.selected_grad_plan(indices, o, i)
+    positions = testing.random_indices(o * i, int(density * o * i), generator).to(device)
+    grad, wide, indices = torch.zeros(positions.numel(), device=device), positions.long(), pack(positions, o * i)
     selected_grad_ = torch.ops.sparseft.selected_grad_
     testing.assert_matches_reference(
-        "selected_grad_", selected_grad_, testing.Sample("benchmark", (grad, x, dy, indices, plan))
+        "selected_grad_", selected_grad_, testing.Sample("benchmark", (grad, x, dy, indices))
     )
     compare(
         harness.Case("selected_grad_", f"{m} tokens, {i} -> {o}", density=density, dtype=dtype, device=device),
-        lambda: selected_grad_(grad, x, dy, indices, plan),
+        lambda: selected_grad_(grad, x, dy, indices),
         {
             "torch dense gradient": lambda: dy.T @ x,
             "torch dense gradient, gather": lambda: grad.add_((dy.T @ x).view(-1)[wide]),
         },
         rounds=15,
-        floor=harness.Floor(
-            moved=x.nbytes + dy.nbytes + 2 * grad.nbytes + indices.nbytes, flops=2 * m * indices.numel()
-        ),
+        floor=harness.Floor(moved=x.nbytes + dy.nbytes + 2 * grad.nbytes + indices.nbytes, flops=2 * m * grad.numel()),
     )

@@ -75,7 +75,7 @@ def _adamw_kernel(
     exp_avg_sq = exp_avg_sq * beta2 + grad * grad * one_minus_beta2
     store_state(row, element, index, exists, exp_avg, 0, LOW_BITS, CHUNK)
     store_state(row, element, index, exists, exp_avg_sq, 1, LOW_BITS, CHUNK)
-    step = tl.load(pointer(row, 5, tl.float32))
+    step = tl.load(pointer(row, 6, tl.float32))
     correction1, correction2 = _one_minus_exp(step * log_beta1), _one_minus_exp(step * log_beta2)
     denominator = tl.sqrt_rn(exp_avg_sq) * tl.div_rn(1.0, tl.sqrt_rn(correction2)) + eps
     lr = learning_rate(lr, lr_tensor)

@@ -18,10 +18,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from sparseft.index_lists import BLOCK, PACKED
+from sparseft.kernels.index_lists import load_positions
+
 # elements a program: 4 a thread, few enough for every thread of a multiprocessor to be busy with random reads
 CHUNK = 1024
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-INDICES = (torch.int32, torch.int64)
+POSITIONS = (torch.int32, torch.int64)
+INDICES = (*POSITIONS, PACKED)
 # by bytes an entry: kernels that only move entries move words, which keeps every bit of every dtype
 WORDS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _TRITON_DTYPES = {dtype: getattr(tl, str(dtype).removeprefix("torch.")) for dtype in (*FLOATS, *WORDS.values())}
@@ -42,6 +46,21 @@ def find_chunk(table, CHUNK: tl.constexpr):
 def pointer(row, COLUMN: tl.constexpr, DTYPE: tl.constexpr):
     """Return what a column of the row points to, as elements of a dtype."""
     return tl.load(row + COLUMN).to(tl.pointer_type(DTYPE))
+
+
+@triton.jit
+def load_index(row, element, exists, INDEX: tl.constexpr):
+    """Return the positions of selected entries; columns 1 and 2 of the row are `index_columns`."""
+    indices = pointer(row, 1, INDEX)
+    if INDEX == tl.int16:
+        return load_positions(indices, tl.load(row + 2), element, exists)
+    else:
+        return tl.load(indices + element, mask=exists, other=0)
+
+
+def index_columns(indices: Tensor, numel: int) -> Row:
+    """Return the address of an index list into a tensor of `numel` elements, and its blocks, if it is packed."""
+    return indices.data_ptr(), triton.cdiv(numel, BLOCK)
 
 
 def launch(

@@ -1,7 +1,7 @@
 """What the optimizers share: gradients and weights read at the selected entries, weights written back, the launch.
 
-Columns of their table: k, indices, gradient, parameter, master, step, pretrained, mixed seed, scales, then the
-optimizer's states. What is not needed is 0.
+Columns of their table: k, indices, their blocks, gradient, parameter, master, step, pretrained, mixed seed, scales,
+then the optimizer's states. What is not needed is 0.
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels.checks import FLOAT32, check_lengths, check_tensor
+from sparseft.index_lists import count
+from sparseft.kernels.checks import FLOAT32, check_indices, check_lengths, check_tensor
 from sparseft.kernels.low_bits import load_codes, random_bits, random_key, round_stochastically, store_codes
-from sparseft.kernels.multi_tensor import FLOATS, INDICES, Row, launch, pointer
+from sparseft.kernels.multi_tensor import FLOATS, Row, index_columns, launch, load_index, pointer
 from sparseft.low_bits import code_blocks, mixed_seed
 from sparseft.reference_optim import StepOptions
 
 # what tells the tensors of one launch from those of another
 _CONSTANTS = ("PARAM", "GRAD", "INDEX", "COMPACT", "HAS_MASTER")
 # the first column of the states
-STATES = tl.constexpr(9)
-_SCALES = tl.constexpr(8)
+STATES = tl.constexpr(10)
+_SCALES = tl.constexpr(9)
 
 
 @triton.jit
@@ -40,16 +41,16 @@ def load_selected(
     MAXIMIZE: tl.constexpr,
 ):
     """Return the selected positions, their gradients to descend along and their weights, both in fp32."""
-    index = tl.load(pointer(row, 1, INDEX) + element, mask=exists, other=0)
+    index = load_index(row, element, exists, INDEX)
     position = element if COMPACT else index
-    grad = tl.load(pointer(row, 2, GRAD) + position, mask=exists, other=0.0).to(tl.float32)
+    grad = tl.load(pointer(row, 3, GRAD) + position, mask=exists, other=0.0).to(tl.float32)
     if grad_scale is not None:
         grad *= tl.div_rn(1.0, tl.load(grad_scale).to(tl.float32))
     if MAXIMIZE:
         grad = -grad
-    weight = tl.load(pointer(row, 3, PARAM) + index, mask=exists, other=0.0).to(tl.float32)
+    weight = tl.load(pointer(row, 4, PARAM) + index, mask=exists, other=0.0).to(tl.float32)
     if HAS_MASTER:
-        master = tl.load(pointer(row, 4, tl.float32) + element, mask=exists, other=0.0)
+        master = tl.load(pointer(row, 5, tl.float32) + element, mask=exists, other=0.0)
         # a weight that was changed from outside (a delta swapped in) no longer rounds from its master: the weight wins
         weight = tl.where(master.to(PARAM).to(tl.float32) == weight, master, weight)
     return index, grad, weight
@@ -59,7 +60,7 @@ def load_selected(
 def decayed_part(row, element, exists, weight, PARAM: tl.constexpr, HAS_PRETRAINED: tl.constexpr):
     """Return what decay shrinks: weights, or their distance from the pretrained ones."""
     if HAS_PRETRAINED:
-        return weight - tl.load(pointer(row, 6, PARAM) + element, mask=exists, other=0.0).to(tl.float32)
+        return weight - tl.load(pointer(row, 7, PARAM) + element, mask=exists, other=0.0).to(tl.float32)
     else:
         return weight
 
@@ -86,7 +87,7 @@ def store_state(row, element, index, exists, value, STATE: tl.constexpr, LOW_BIT
 @triton.jit
 def _random(row, index):
     """Return the random bits of selected positions at this step."""
-    return random_bits(random_key(tl.load(row + 7), tl.load(pointer(row, 5, tl.float32))), index)
+    return random_bits(random_key(tl.load(row + 8), tl.load(pointer(row, 6, tl.float32))), index)
 
 
 @triton.jit
@@ -98,9 +99,9 @@ def store_weight(
         rounded = round_stochastically(weight, _random(row, index), PARAM)
     else:
         rounded = weight.to(PARAM)
-    tl.store(pointer(row, 3, PARAM) + index, rounded, mask=exists)
+    tl.store(pointer(row, 4, PARAM) + index, rounded, mask=exists)
     if HAS_MASTER:
-        tl.store(pointer(row, 4, tl.float32) + element, weight, mask=exists)
+        tl.store(pointer(row, 5, tl.float32) + element, weight, mask=exists)
 
 
 @triton.jit
@@ -178,20 +179,21 @@ def _group(
     device = params[0].device
     groups: dict[tuple[Any, ...], list[Row]] = {}
     for i, (param, grad, index, master, step) in enumerate(zip(params, grads, indices, masters, steps, strict=True)):
-        k = index.numel()
+        k = count(index, param.numel())
         check_tensor("steps", i, step, 1, FLOAT32, device)
         if not k:
             continue
         compact = grad.numel() == k
         check_tensor("params", i, param, param.numel(), FLOATS, device)
+        check_indices(f"indices[{i}]", index, param.numel(), device)
         check_tensor("grads", i, grad, k if compact else param.numel(), FLOATS, device)
-        check_tensor("indices", i, index, k, INDICES, device)
         if master.numel():
             check_tensor("masters", i, master, k, FLOAT32, device)
         kind = (param.dtype, grad.dtype, index.dtype, compact, master.numel() > 0)
-        columns = [tensor.data_ptr() for tensor in (index, grad, param, master, step)]
+        columns = [tensor.data_ptr() for tensor in (grad, param, master, step)]
         row = (
             k,
+            *index_columns(index, param.numel()),
             *columns,
             *_optional_columns(i, param, k, len(states), options),
             *_state_columns(i, k, states, options, device),
@@ -201,7 +203,7 @@ def _group(
 
 
 def _optional_columns(i: int, param: Tensor, k: int, states: int, options: StepOptions) -> Row:
-    """Return what columns 6 to 8 of the table hold for parameter i."""
+    """Return what columns 7 to 9 of the table hold for parameter i."""
     pretrained = seed = scales = 0
     if options.pretrained is not None:
         check_tensor("pretrained", i, options.pretrained[i], k, (param.dtype,), param.device)

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparseft.kernels.multi_tensor import FLOATS, INDICES
+from sparseft.kernels.multi_tensor import FLOATS, POSITIONS
 
 _BLOCK_K = 32
 
@@ -91,7 +91,7 @@ def _check(left: Tensor, right: Tensor, indices: Tensor) -> None:
         raise ValueError(
             f"left and right must be [N, T, A] and [N, T, B], got {tuple(left.shape)} and {tuple(right.shape)}"
         )
-    if indices.dtype not in INDICES or indices.dim() != 1:
+    if indices.dtype not in POSITIONS or indices.dim() != 1:
         raise TypeError(f"indices must be int32 or int64 [k], got {indices.dtype} {tuple(indices.shape)}")
     for name, tensor in (("right", right), ("indices", indices)):
         if tensor.device != left.device:

@@ -7,8 +7,9 @@ tile goes through shared memory, where the blocks of x and dy are no longer need
 scratch tile in global memory, the same bytes at a fraction of the rate and a barrier of its own, and products with
 one-hot matrices, which in exact fp32 would have to do without tensor cores.
 
-Index lists are sorted, so the entries of a tile are a run in each of its rows. The plan says where runs begin: one
-number for each row and PANEL columns, whatever the density. A list of each tile's entries would take 4 bytes an entry.
+Index lists are sorted, so the entries of a tile are a run in each of its rows. Where a run begins and ends is searched
+for in the packed list, which says how many entries lie before each block of 8,192 elements: among a block's entries
+two or three steps are enough. A table of where runs begin would take half as much memory as the list itself.
 """
 
 from __future__ import annotations
@@ -19,11 +20,14 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from sparseft.index_lists import BLOCK, PACKED, count, pack
 from sparseft.kernels import tiles
+from sparseft.kernels.checks import check_indices
 from sparseft.kernels.fisher_tile import tile_position
-from sparseft.kernels.multi_tensor import FLOATS, INDICES
+from sparseft.kernels.index_lists import load_columns, lower_bound
+from sparseft.kernels.multi_tensor import FLOATS
 
-PANEL = 256
+_BLOCK_I = 256
 _BLOCK_E = 16
 # what a program costs beside its products, in tokens: filling the pipeline, picking entries
 _OVERHEAD = 128
@@ -75,7 +79,7 @@ def _product(
 
 
 # batches and layers differ in these; compiling for their values would stall training
-@triton.jit(do_not_specialize=["k", "n_tokens", "split_tokens"])
+@triton.jit(do_not_specialize=["k", "blocks", "n_tokens", "split_tokens"])
 def _selected_grad_kernel(
     out,
     x,
@@ -83,7 +87,7 @@ def _selected_grad_kernel(
     x_descriptor,
     dy_descriptor,
     indices,
-    plan,
+    blocks,
     k,
     n_tokens,
     split_tokens,
@@ -103,9 +107,11 @@ def _selected_grad_kernel(
     tile_o, tile_i = tile_position(tl.program_id(0), out_features, in_features, BLOCK_O, BLOCK_I, GROUP_O)
     split = tl.program_id(1)
     o = tile_o * BLOCK_O + tl.arange(0, BLOCK_O)
-    run = plan + o.to(tl.int64) * tl.cdiv(in_features, BLOCK_I) + tile_i
-    begin = tl.load(run, mask=o < out_features, other=0)
-    end = tl.load(run + 1, mask=o < out_features, other=0)
+    start = o.to(tl.int64) * in_features + tile_i * BLOCK_I
+    width = tl.minimum(in_features - tile_i * BLOCK_I, BLOCK_I)
+    # both ends of all rows at a time; those of rows past the last one are the list's end
+    ends = lower_bound(indices, blocks, (start[:, None] + tl.arange(0, 2)[None, :] * width).reshape(2 * BLOCK_O))
+    begin, end = tl.split(ends.reshape(BLOCK_O, 2))
     longest = tl.max(end - begin)
     if longest > 0:
         first_token = split * split_tokens
@@ -117,13 +123,11 @@ def _selected_grad_kernel(
         else:
             grad = _product(x_descriptor, dy_descriptor, first_token, last_token, origin, sizes, None,
                             BLOCK_O, BLOCK_I, BLOCK_T, UPCAST)  # fmt: skip
-        start = o.to(tl.int64) * in_features + tile_i * BLOCK_I
         out += split.to(tl.int64) * k
         for number in range(0, longest, BLOCK_E):
             entry = begin[:, None] + number + tl.arange(0, BLOCK_E)[None, :]
             exists = entry < end[:, None]
-            index = tl.load(indices + entry, mask=exists, other=0)
-            column = tl.where(exists, index - start[:, None], 0).to(tl.int32)
+            column = load_columns(indices, blocks, entry, exists, start[:, None])
             # in one dimension, because along the rows of two it becomes shuffles between threads, which spill
             place = tl.arange(0, BLOCK_O)[:, None] * BLOCK_I + column
             value = tl.gather(grad.reshape(BLOCK_O * BLOCK_I), place.reshape(BLOCK_O * BLOCK_E), 0)
@@ -133,46 +137,33 @@ def _selected_grad_kernel(
             tl.store(out + entry, value, mask=exists)
 
 
-def selected_grad_(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor | None = None) -> None:
+def selected_grad_(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor) -> None:
     """Add `sum_m dy[m, row_j] * x[m, column_j]` to grad[j], the gradient of a Linear weight [O, I] at entry j.
 
-    grad: contiguous fp32 [k]; x: [M, I]; dy: [M, O], same dtype as x (fp32, bf16, fp16); indices: int32 or int64 [k],
-    flat positions row_j * I + column_j, sorted and unique, which is not checked: that would wait for the GPU; plan:
-    what `selected_grad_plan` makes of the indices, or None to make it anew. Accumulates in fp32; fp32 inputs are
-    multiplied in fp32, never in TF32. Where features are not contiguous, a copy is made. No atomics: the same bits
-    every time.
+    grad: contiguous fp32 [k]; x: [M, I]; dy: [M, O], same dtype as x (fp32, bf16, fp16); indices: the list of the k
+    positions row_j * I + column_j, packed anew in every call unless it is packed. What it holds is not checked: that
+    would wait for the GPU. Accumulates in fp32; fp32 inputs are multiplied in fp32, never in TF32. Where features are
+    not contiguous, a copy is made. No atomics: the same bits every time.
     """
-    _check(grad, x, dy, indices, plan)
+    indices = indices.contiguous()
+    _check(grad, x, dy, indices)
     if not (grad.numel() and x.shape[0]):
         return
     x, dy = (tensor if tensor.stride(1) == 1 else tensor.contiguous() for tensor in (x, dy))
-    if plan is None:
-        plan = selected_grad_plan(indices, dy.shape[1], x.shape[1])
+    if indices.dtype != PACKED:
+        indices = pack(indices, dy.shape[1] * x.shape[1])
     tile = choose_tile(x, dy)
-    launch(grad, x, dy, indices.contiguous(), plan, tile, choose_splits(x, dy, tile))
-
-
-def selected_grad_plan(indices: Tensor, out_features: int, in_features: int) -> Tensor:
-    """Return where the run of entries of each row and panel begins in `indices`: int32 [O * panels + 1].
-
-    indices: of a weight [out_features, in_features], as `selected_grad_` takes them. Panels are PANEL columns wide;
-    the last one may be narrower.
-    """
-    panels = triton.cdiv(in_features, PANEL)
-    run = torch.arange(out_features * panels + 1, device=indices.device)
-    starts = run // panels * in_features + run % panels * PANEL
-    dtype = torch.int32 if out_features * in_features < 2**31 else torch.int64
-    return torch.searchsorted(indices.to(dtype), starts.to(dtype), out_int32=True)
+    launch(grad, x, dy, indices, tile, choose_splits(x, dy, tile))
 
 
 def choose_tile(x: Tensor, dy: Tensor) -> tiles.Tile:
-    """Return the tile that suits the inputs and the GPU; all are PANEL columns wide."""
+    """Return the tile that suits the inputs and the GPU."""
     if x.dtype == torch.float32:
-        return tiles.Tile(32, PANEL, 16, 8, 3)
+        return tiles.Tile(32, _BLOCK_I, 16, 8, 3)
     hopper, _ = tiles.gpu(x.device)
     if not tiles.aligned(x[None], dy[None]):
-        return tiles.Tile(64, PANEL, 32, 8, 3)
-    return tiles.Tile(128, PANEL, 64, 8, 3) if hopper else tiles.Tile(64, PANEL, 32, 8, 3)
+        return tiles.Tile(64, _BLOCK_I, 32, 8, 3)
+    return tiles.Tile(128, _BLOCK_I, 64, 8, 3) if hopper else tiles.Tile(64, _BLOCK_I, 32, 8, 3)
 
 
 def choose_splits(x: Tensor, dy: Tensor, tile: tiles.Tile) -> int:
@@ -187,8 +178,11 @@ def choose_splits(x: Tensor, dy: Tensor, tile: tiles.Tile) -> int:
     return min(range(1, _MOST_SPLITS + 1), key=cost)
 
 
-def launch(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor, tile: tiles.Tile, splits: int) -> None:
-    """Launch the kernel with one tile; x and dy [M, features] with contiguous features, M and k at least 1."""
+def launch(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, tile: tiles.Tile, splits: int) -> None:
+    """Launch the kernel with one tile; x and dy [M, features] with contiguous features, M and k at least 1.
+
+    indices: a packed list.
+    """
     n_tokens = x.shape[0]
     split_tokens = triton.cdiv(triton.cdiv(n_tokens, tile.block_t), splits) * tile.block_t
     splits = triton.cdiv(n_tokens, split_tokens)
@@ -196,6 +190,9 @@ def launch(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor, t
     descriptors = (None, None)
     if tiles.has_descriptors(x[None], dy[None]):
         descriptors = (_descriptor(x, tile.block_t, tile.block_i), _descriptor(dy, tile.block_t, tile.block_o))
+    constants = tiles.constants(x, tile)
+    if x.dtype == torch.float32:
+        constants["maxnreg"] = 128  # two programs a multiprocessor; left alone, the assembler spills to make it three
     with torch.cuda.device_of(grad):
         _selected_grad_kernel[(tile.programs(dy.shape[1], x.shape[1]), splits)](
             out,
@@ -203,7 +200,7 @@ def launch(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor, t
             dy,
             *descriptors,
             indices,
-            plan,
+            triton.cdiv(dy.shape[1] * x.shape[1], BLOCK),
             grad.numel(),
             n_tokens,
             split_tokens,
@@ -213,7 +210,7 @@ def launch(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor, t
             dy.stride(0),
             ADD=splits == 1,
             BLOCK_E=_BLOCK_E,
-            **tiles.constants(x, tile),
+            **constants,
         )
     if splits > 1:
         grad += out.sum(0)
@@ -223,27 +220,20 @@ def _descriptor(tensor: Tensor, block_t: int, block_features: int) -> TensorDesc
     return TensorDescriptor(tensor, list(tensor.shape), list(tensor.stride()), [block_t, block_features])
 
 
-def _check(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor | None) -> None:
+def _check(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor) -> None:
     if x.dtype not in FLOATS or dy.dtype != x.dtype:
         raise TypeError(f"x and dy must both be fp32, bf16 or fp16, got {x.dtype} and {dy.dtype}; cast them first")
     if x.dim() != 2 or dy.dim() != 2 or len(x) != len(dy):
         raise ValueError(f"x and dy must be [M, I] and [M, O], got {tuple(x.shape)} and {tuple(dy.shape)}")
-    if indices.dtype not in INDICES or indices.dim() != 1:
-        raise TypeError(f"indices must be int32 or int64 [k], got {indices.dtype} {tuple(indices.shape)}")
-    if len(x) >= 2**31 or len(indices) >= 2**31:
-        raise ValueError(
-            f"x and indices must be shorter than 2^31, got {len(x)} and {len(indices)}; call once for each part"
-        )
+    numel = dy.shape[1] * x.shape[1]
+    check_indices("indices", indices, numel, grad.device)
+    k = count(indices, numel)
+    if len(x) >= 2**31 or k >= 2**31:
+        raise ValueError(f"x and indices must be shorter than 2^31, got {len(x)} and {k}; call once for each part")
     if grad.dtype != torch.float32:
         raise TypeError(f"grad must be float32, got {grad.dtype}; sums of many uses and batches are lost in less")
-    if grad.shape != indices.shape or not grad.is_contiguous():
-        raise ValueError(f"grad must be contiguous [k] = {tuple(indices.shape)}, got {tuple(grad.shape)}")
-    runs = dy.shape[1] * triton.cdiv(x.shape[1], PANEL) + 1
-    if plan is not None and (plan.dtype != torch.int32 or plan.shape != (runs,) or not plan.is_contiguous()):
-        raise ValueError(
-            f"plan must be contiguous int32 [{runs}], got {plan.dtype} {tuple(plan.shape)}; make it of the same "
-            "indices and weight by selected_grad_plan"
-        )
-    for name, tensor in (("x", x), ("dy", dy), ("indices", indices), ("plan", plan)):
-        if tensor is not None and tensor.device != grad.device:
+    if grad.shape != (k,) or not grad.is_contiguous():
+        raise ValueError(f"grad must be contiguous [k] = ({k},), got {tuple(grad.shape)}")
+    for name, tensor in (("x", x), ("dy", dy)):
+        if tensor.device != grad.device:
             raise ValueError(f"{name} must be on grad's device {grad.device}, got {tensor.device}; move it there")

@@ -55,7 +55,7 @@ def _sgd_kernel(
     grad += weight_decay * decayed_part(row, element, exists, weight, PARAM, HAS_PRETRAINED)
     if HAS_MOMENTUM:
         buffer = load_state(row, element, exists, 0, LOW_BITS) * momentum + one_minus_dampening * grad
-        if tl.load(pointer(row, 5, tl.float32)) == 1:
+        if tl.load(pointer(row, 6, tl.float32)) == 1:
             buffer = grad
         store_state(row, element, index, exists, buffer, 0, LOW_BITS, CHUNK)
         if NESTEROV:

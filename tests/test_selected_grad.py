@@ -1,4 +1,4 @@
-"""selected_grad_ beyond its sample inputs: autograd as the oracle, many blocks, threads, tiles, plans, bad input."""
+"""selected_grad_ beyond its sample inputs: autograd as the oracle, many blocks, threads, tiles, runs, bad input."""
 
 import importlib
 import subprocess
@@ -6,8 +6,12 @@ import sys
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from sparseft import kernels, ops, testing
+from sparseft.index_lists import BLOCK, pack
+from sparseft.kernels.index_lists import load_columns, lower_bound
 
 sparse = torch.ops.sparseft
 triton_side = importlib.import_module("sparseft.kernels.selected_grad")
@@ -45,11 +49,12 @@ def gradient_by_autograd(x, dy, indices):
 
 @pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(50, 30, 20, 90), (3, 7, 300, 2100), (130, 300, 70, 1), (65, 17, 33, 0)])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("function", LAUNCHERS, ids=["dispatcher", "triton"])
-def test_entries_are_those_of_the_gradient_that_autograd_finds(generator, function, dtype, shape):
+def test_entries_are_those_of_the_gradient_that_autograd_finds(generator, function, packed, dtype, shape):
     grad, x, dy, indices = sample_of(generator, dtype, *shape).args
     wanted = grad.double() + gradient_by_autograd(x, dy, indices)
-    function(grad, x, dy, indices)
+    function(grad, x, dy, pack(indices, dy.shape[1] * x.shape[1]) if packed else indices)
     torch.testing.assert_close(grad.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
@@ -163,14 +168,13 @@ def test_every_tile_and_split_gives_the_same(monkeypatch, generator, dtype, dens
     monkeypatch.setattr(tiles, "GROUP_O", 2)
     for i, o in [(272, 144), (259, 65)]:
         sample = sample_of(generator, dtype, 130, i, o, int(density * i * o))
-        indices = sample.args[3]
-        plan = triton_side.selected_grad_plan(indices, o, i)
+        sample.args = (*sample.args[:3], pack(sample.args[3], i * o))
         small, large = tiles.Tile(32, 256, 16, 8, 3), tiles.Tile(128, 256, 64, 8, 3)
         for tile in (small,) if dtype == torch.float32 else (small, large):
             for splits in (1, 2, 3):
 
-                def launch(grad, x, dy, indices, plan=plan, tile=tile, splits=splits):
-                    triton_side.launch(grad, x, dy, indices, plan, tile, splits)
+                def launch(grad, x, dy, indices, tile=tile, splits=splits):
+                    triton_side.launch(grad, x, dy, indices, tile, splits)
 
                 testing.assert_matches_reference("selected_grad_", launch, sample)
 
@@ -183,40 +187,79 @@ def test_descriptors_and_pointers_give_the_same_bits(monkeypatch, generator, dty
     assert torch.equal(testing.observe("selected_grad_", kernels.selected_grad_, sample)[0], by_descriptor)
 
 
-@pytest.mark.parametrize("shape", [(5, 7), (3, 256), (4, 257), (2, 1000), (1, 1)])
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
-def test_a_plan_says_where_the_run_of_each_row_and_panel_begins(generator, shape, dtype):
+@triton.jit
+def _lower_bound_kernel(out, indices, blocks, positions, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, lower_bound(indices, blocks, tl.load(positions + n)))
+
+
+@pytest.mark.parametrize("numel", [1, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK, 100_003, 2**31 - 1, 2**32 + 77])
+@pytest.mark.parametrize("density", [0.0, 0.001, 0.3, 1.0])
+def test_entries_before_a_position_are_found(generator, numel, density):
+    """Positions next to entries, at the borders of blocks, past the end; blocks that are full, sparse and empty."""
+    last = (numel - 1) // BLOCK
+    held = {block for block in (0, 2, 3, last - 1, last) if 0 <= block <= last}
+    inside = torch.cat([torch.arange(block * BLOCK, min(block * BLOCK + BLOCK, numel)) for block in sorted(held)])
+    entries = inside[torch.rand(len(inside), generator=generator) < density]
+    chosen = entries[torch.randperm(len(entries), generator=generator)[:80]]
+    borders = torch.cat([inside[:: BLOCK // 2], torch.arange(5) * BLOCK, numel + torch.tensor([0, 1, 5000, 10**6])])
+    positions = torch.cat([chosen - 1, chosen, chosen + 1, borders]).clamp(min=0)
+    positions = torch.cat([positions, torch.zeros(512 - len(positions), dtype=torch.int64)])
+    out = torch.full((512,), -1, dtype=torch.int32, device=DEVICE)
+    blocks = triton.cdiv(numel, BLOCK)
+    _lower_bound_kernel[(1,)](out, pack(entries, numel).to(DEVICE), blocks, positions.to(DEVICE), N=512)
+    assert torch.equal(out.cpu(), torch.searchsorted(entries, positions, out_int32=True))
+
+
+@triton.jit
+def _load_columns_kernel(out, indices, blocks, starts, k, N: tl.constexpr):
+    n = tl.arange(0, N)
+    tl.store(out + n, load_columns(indices, blocks, n, n < k, tl.load(starts + n)))
+
+
+@pytest.mark.parametrize("first", [0, BLOCK - 200, 2**31 - 200, 2**31, 2**32 - 200])
+def test_columns_of_entries_are_found(generator, first):
+    """Of entries up to 255 positions behind where their run begins, some of them in the next block."""
+    entries = first + testing.random_indices(600, 256, generator).long()
+    columns = torch.randint(256, (256,), generator=generator).minimum(entries)
+    starts = entries - columns
+    out, numel = torch.full((256,), -1, dtype=torch.int32, device=DEVICE), first + 1000
+    blocks = triton.cdiv(numel, BLOCK)
+    _load_columns_kernel[(1,)](out, pack(entries, numel).to(DEVICE), blocks, starts.to(DEVICE), 200, N=256)
+    assert torch.equal(out.cpu()[:200], columns[:200].int())
+    assert not out[200:].any()
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (300, 300), (100, 257), (3, 5500), (600, 41)])
+@pytest.mark.parametrize("chosen", ["a tenth", "all", "ends of rows", "two blocks"])
+def test_every_entry_of_every_run_is_found(generator, shape, chosen):
+    """The gradient at each position is made to be the position; rows begin and end anywhere in blocks."""
     rows, columns = shape
-    indices = testing.random_indices(rows * columns, (rows * columns + 2) // 3, generator)
-    plan = triton_side.selected_grad_plan(indices.to(dtype), rows, columns)
-    wanted = [0]
-    for row in range(rows):
-        for panel in range(0, columns, triton_side.PANEL):
-            last = min(panel + triton_side.PANEL, columns)
-            wanted.append(
-                wanted[-1] + sum(row * columns + panel <= j < row * columns + last for j in indices.tolist())
-            )
-    assert plan.dtype == torch.int32
-    assert plan.tolist() == wanted
+    position = torch.arange(rows * columns)
+    tests = {
+        "a tenth": torch.rand(len(position), generator=generator) < 0.1,
+        "all": position >= 0,
+        "ends of rows": (position % columns == 0) | (position % columns == columns - 1),
+        "two blocks": (position // BLOCK == 0) | (position // BLOCK == 2),
+    }
+    position = position[tests[chosen]].to(DEVICE)
+    row, column = (torch.arange(n, dtype=torch.float32, device=DEVICE) for n in shape)
+    grad = torch.zeros(len(position), device=DEVICE)
+    x, dy = torch.stack([torch.ones_like(column), column]), torch.stack([columns * row, torch.ones_like(row)])
+    kernels.selected_grad_(grad, x, dy, pack(position, rows * columns))
+    assert torch.equal(grad, position.float())
 
 
-def test_a_plan_may_be_kept(generator):
-    sample = sample_of(generator, torch.float32, 70, 300, 65, 500)
-    plan = triton_side.selected_grad_plan(sample.args[3], 65, 300)
-    made_anew = testing.observe("selected_grad_", kernels.selected_grad_, sample)[0]
-    sample.args = (*sample.args, plan)
-    for function in LAUNCHERS:
-        testing.assert_matches_reference("selected_grad_", function, sample)
-    assert torch.equal(testing.observe("selected_grad_", kernels.selected_grad_, sample)[0], made_anew)
-    assert ops.selected_grad_plan(sample.args[3].cpu(), 65, 300) is None
-
-
-def test_the_plan_of_a_weight_of_more_than_2_to_the_31_elements():
-    indices = torch.tensor([0, 2**31 - 1, 2**31, 3 * 2**30, 2**32 - 1])
-    plan = triton_side.selected_grad_plan(indices, 4, 2**30)
-    assert plan.numel() == 4 * 2**22 + 1
-    row_starts = plan[:: 2**22]
-    assert row_starts.tolist() == [0, 1, 2, 3, 5]
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+def test_packed_and_plain_lists_give_the_same_bits(generator, dtype):
+    grad, x, dy, indices = sample_of(generator, dtype, 70, 300, 65, 500).args
+    results = []
+    for form in (indices, indices.long(), pack(indices, 300 * 65)):
+        results.append(
+            testing.observe("selected_grad_", kernels.selected_grad_, testing.Sample("", (grad, x, dy, form)))[0]
+        )
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
 
 
 def test_tokens_are_split_where_tiles_are_few(monkeypatch):
@@ -266,12 +309,12 @@ def test_bad_arguments_are_named(position, bad, message):
         (1, torch.zeros(3, 5).half(), TypeError, "both be fp32, bf16 or fp16"),
         (2, torch.zeros(4, 4), ValueError, r"\[M, I\] and \[M, O\]"),
         (3, torch.tensor([0.0, 1.0]), TypeError, "indices must be int32 or int64"),
-        (4, torch.zeros(4, dtype=torch.int32), ValueError, r"plan must be contiguous int32 \[5\]"),
+        (3, pack(torch.arange(2), 20)[:3], ValueError, "packed list of a tensor of 20 elements, of 4 int16"),
+        (3, torch.zeros(7, dtype=torch.int16)[1:], ValueError, "indices must lie at a multiple of 4 bytes"),
     ],
 )
 def test_the_triton_launcher_checks_too(position, bad, error, message):
-    indices = torch.tensor([0, 1])
-    arguments = [torch.zeros(2), torch.ones(3, 5), torch.ones(3, 4), indices, None]
+    arguments = [torch.zeros(2), torch.ones(3, 5), torch.ones(3, 4), torch.tensor([0, 1])]
     arguments[position] = bad
     with pytest.raises(error, match=message):
         kernels.selected_grad_(*arguments)

@@ -23,7 +23,7 @@ import pytest
 import torch
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from sparseft import ops, testing
+from sparseft import index_lists, ops, testing
 
 ARCHITECTURES = (80, 90)
 HELPERS = ["_histogram_kernel", "_count_kernel", "_fisher_linear_spans_kernel", "_fisher_linears_spans_kernel"]
@@ -31,7 +31,7 @@ KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + HELPERS
 FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_linears_kernel", "_fisher_segments_kernel"]
 PRODUCT_KERNELS = [*FISHER_KERNELS, "_selected_grad_kernel"]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-TYPES |= {torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
+TYPES |= {torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1"}
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
@@ -110,11 +110,11 @@ def launch_tiles(tiles: Any, dtype: torch.dtype, block_t: int) -> None:
             tiles.choose = lambda layers, tile=tile: tile
             fisher_linears.fisher_linears_([fisher], [x], [x])
     tiles.choose = choose
-    selected_grad, indices = importlib.import_module("sparseft.kernels.selected_grad"), torch.arange(0, 65536, 300)
-    plan, tile = selected_grad.selected_grad_plan(indices, 256, 256), selected_grad.choose_tile(rows, rows)
+    selected_grad = importlib.import_module("sparseft.kernels.selected_grad")
+    indices, tile = index_lists.pack(torch.arange(0, 65536, 300), 65536), selected_grad.choose_tile(rows, rows)
     for dy in (rows, rows[:1].expand(128, 256)):  # by descriptors where there are any, by pointers
         for splits in (1, 2):
-            selected_grad.launch(torch.zeros(219), rows, dy, indices, plan, tile, splits)
+            selected_grad.launch(torch.zeros(219), rows, dy, indices, tile, splits)
     for tile in tiles.available(dtype, True, block_t, selected=True) if block_t > 16 else ():
         fisher_linear.launch(fisher, x, x, weight, tile, scores=weight, selected=fisher == 0)
 

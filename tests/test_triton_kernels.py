@@ -5,7 +5,7 @@ import importlib
 import pytest
 import torch
 
-from sparseft import kernels, testing
+from sparseft import index_lists, kernels, testing
 from sparseft.kernels import multi_tensor
 
 fisher_linear = importlib.import_module("sparseft.kernels.fisher_linear")
@@ -82,6 +82,39 @@ def test_list_kernels_at_the_edges_of_a_chunk(k):
     testing.assert_matches_reference("adamw_", kernels.adamw_, sample)
 
 
+@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
+@pytest.mark.parametrize("op", ["gather", "delta_swap_", *OPTIMIZERS])
+def test_packed_lists_change_no_bit(op, dtype):
+    where = 2 if op in OPTIMIZERS else 1
+    for sample in testing.sample_inputs(op, DEVICE.type, dtype):
+        results = []
+        for form in (index_lists.positions, repacked):
+            lists = list(map(form, sample.args[where], [tensor.numel() for tensor in sample.args[0]]))
+            arguments = (*sample.args[:where], lists, *sample.args[where + 1 :])
+            changed = testing.Sample(sample.id, arguments, sample.kwargs)
+            results.append(testing.observe(op, getattr(kernels, op), changed))
+        for plain, packed in zip(*results, strict=True):
+            assert torch.equal(plain.flatten().view(torch.uint8), packed.flatten().view(torch.uint8)), sample.id
+
+
+def repacked(indices, numel):
+    return index_lists.pack(index_lists.positions(indices, numel), numel)
+
+
+@pytest.mark.parametrize("numel", [1, 8191, 8192, 8193, 100_003])
+@pytest.mark.parametrize("density", [0.001, 0.3, 1.0])
+def test_entries_of_a_packed_list_are_where_the_list_says(numel, density):
+    """Blocks that are empty, sparse and full; the first and the last; a chunk in one block and over many."""
+    chosen = torch.rand(numel, generator=torch.Generator().manual_seed(numel)) < density
+    chosen[9000:40_000] = False
+    chosen[-1] = True
+    positions, source = chosen.nonzero().flatten().to(DEVICE), torch.arange(numel, device=DEVICE)
+    packed = index_lists.pack(positions, numel)
+    assert torch.equal(kernels.gather([source], [packed])[0], positions)
+    kernels.delta_swap_([source], [packed], [-positions])
+    assert torch.equal(source < 0, chosen.to(DEVICE) & (torch.arange(numel, device=DEVICE) > 0))
+
+
 @pytest.mark.parametrize("op", OPTIMIZERS)
 def test_one_step_is_one_launch_for_each_kind_of_dtypes(monkeypatch, op):
     grids = count_launches(monkeypatch, op.rstrip("_"), f"_{op}kernel")
@@ -131,17 +164,20 @@ def test_steps_follow_tensors_that_moved():
         testing.assert_matches_reference("adamw_", kernels.adamw_, testing.Sample("moved", lists, ADAMW))
 
 
-def test_list_kernels_reach_beyond_2_to_the_31_elements():
+@pytest.mark.parametrize("packed", [False, True])
+def test_list_kernels_reach_beyond_2_to_the_31_elements(packed):
     far = tensor([3, FAR - 90, FAR - 1], torch.int64)
+    indices = index_lists.pack(far, FAR) if packed else far
     source = torch.empty(FAR, dtype=torch.int8, device=DEVICE)
     source[far] = tensor([5, 6, 7], torch.int8)
-    assert kernels.gather([source], [far])[0].tolist() == [5, 6, 7]
+    assert kernels.gather([source], [indices])[0].tolist() == [5, 6, 7]
     values = tensor([1, 2, 3], torch.int8)
-    kernels.delta_swap_([source], [far], [values])
+    kernels.delta_swap_([source], [indices], [values])
     assert (values.tolist(), source[far].tolist()) == ([5, 6, 7], [1, 2, 3])
     param = torch.empty(FAR, dtype=torch.float16, device=DEVICE)
     param[far] = 1
-    lists = [param], [tensor([1.0, 1.0, -1.0])], [far], [torch.zeros(3, device=DEVICE)], [tensor([])], [tensor(1.0)]
+    grad, state = tensor([1.0, 1.0, -1.0]), torch.zeros(3, device=DEVICE)
+    lists = [param], [grad], [indices], [state], [tensor([])], [tensor(1.0)]
     kernels.sgd_(*lists, lr=0.5, momentum=0.0, dampening=0.0, weight_decay=0.0)
     assert param[far].tolist() == [0.5, 0.5, 1.5]
 
@@ -328,9 +364,25 @@ def test_fisher_of_features_that_are_not_contiguous():
 
 
 META = torch.device("meta")
+PACKED = index_lists.pack(torch.arange(0, 120, 3), 120).to(DEVICE)
 BAD_LISTS = {
     "a list is shorter": (lambda lists: lists[2].pop(), ValueError, "one tensor a parameter"),
     "indices are floats": (lambda lists: lists[2].append(lists[2].pop().float()), TypeError, r"indices\[1\].*int32"),
+    "a packed list is cut short": (
+        lambda lists: lists[2].__setitem__(1, PACKED[:3]),
+        ValueError,
+        r"indices\[1\] must be a packed list of a tensor of 120 elements, of 4 int16 numbers and .*, got 3",
+    ),
+    "a packed list is of a larger tensor": (
+        lambda lists: lists[2].__setitem__(1, index_lists.pack(torch.arange(40, device=DEVICE), 9000)),
+        ValueError,
+        r"exp_avgs\[1\].* 42 ",
+    ),
+    "a packed list lies at an odd address": (
+        lambda lists: lists[2].__setitem__(1, torch.cat([PACKED[:1], PACKED])[1:]),
+        ValueError,
+        r"indices\[1\] must lie at a multiple of 4 bytes",
+    ),
     "a parameter is strided": (
         lambda lists: lists[0].append(lists[0].pop()[::2]),
         ValueError,
@@ -364,6 +416,10 @@ def test_launchers_refuse_bad_arguments():
         (kernels.topk_indices, ([scores], 11), ValueError, "from 0 to the number of scores, 10, got 11"),
         (kernels.topk_indices, ([scores, scores.to(META)], 1), ValueError, r"scores\[1\] must be on"),
         (kernels.gather, ([scores], [scores]), TypeError, r"indices\[0\]"),
+        (kernels.gather, ([scores], [PACKED[:2]]), ValueError, r"indices\[0\] must be a packed list"),
+        (kernels.gather, ([scores], [PACKED[1:6]]), ValueError, r"indices\[0\] must lie at"),
+        (kernels.delta_swap_, ([scores], [PACKED[::2]], [scores]), ValueError, r"indices\[0\].*strided"),
+        (kernels.outer_at, (x, x, PACKED), TypeError, "int32 or int64 .*, got torch.int16"),
         (
             kernels.delta_swap_,
             ([scores], [tensor([1], torch.int64)], [tensor([1.0]).half()]),
