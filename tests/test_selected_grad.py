@@ -285,7 +285,7 @@ def test_tokens_are_split_where_tiles_are_few(monkeypatch):
         (1, torch.zeros(1, 3, 5), r"x must be \[tokens, features\], got 3"),
         (2, torch.zeros(4, 4), "dy must have the tokens of x, 3, got 4"),
         (2, torch.zeros(3, 4).half(), "dy must have the dtype of x, float32, got float16"),
-        (3, torch.tensor([0.0, 1.0]), "indices must be int32 or int64, got float32"),
+        (3, torch.tensor([0.0, 1.0]), "indices must be int32 or int64 or int16, got float32"),
         (3, torch.tensor([3, 1]), "indices must be sorted and unique"),
         (3, torch.tensor([1, 1]), "indices must be sorted and unique"),
         (3, torch.tensor([[1, 2]]), "indices must be one list"),
