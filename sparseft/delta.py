@@ -111,7 +111,7 @@ class AppliedDelta:
     def __init__(self, delta: Delta, parameters: Mapping[str, nn.Parameter]):
         mask = delta.mask
         self._entries = [parameters[name].detach() for name in mask]
-        self._indices = [mask[name].to(parameters[name].device) for name in mask]
+        self._indices = [mask.index_list(name).to(parameters[name].device) for name in mask]
         self._values = [delta.values[name].to(parameters[name].device, copy=True) for name in mask]
         self._wholes = [parameters[name].detach() for name in mask.dense]
         self._others = [delta.dense[name].to(parameters[name].device, copy=True) for name in mask.dense]

@@ -7,35 +7,53 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft import index_lists
+
 
 class SelectedEntries(nn.Parameter):
     """The selected entries of one parameter, fp32 [k]: a leaf whose gradient has k values too.
 
     To the world outside it is a parameter like any other. It holds more digits than a bf16 or fp16 parameter and
-    doubles as its master copy.
+    doubles as its master copy. A leaf without values, of the parameter's dtype, is there for its gradient alone: it
+    takes no memory, and only optimizers that update the parameter itself can train it.
 
     Attributes:
         dense: the parameter that the entries belong to.
-        positions: int32 or int64 [k], where they lie in it: flat, sorted, unique; on its device.
+        index_list: where they lie in it, packed or not; on its device.
+        has_values: whether the leaf holds any.
         made_for: the parameter's shape, dtype and device when the leaf was made.
         place: the model and the parameter's name in it; None while its gradients are not compact.
     """
 
     dense: Tensor
-    positions: Tensor
+    index_list: Tensor
+    has_values: bool
     made_for: tuple[torch.Size, torch.dtype, torch.device]
     place: tuple[nn.Module, str] | None
     _written: tuple[int, int]
 
-    def __new__(cls, dense: Tensor, indices: Tensor) -> SelectedEntries:
+    def __new__(cls, dense: Tensor, index_list: Tensor, has_values: bool = True) -> SelectedEntries:
         """Return the leaf of a parameter, whose memory it does not share."""
-        values = dense.detach().reshape(-1)[indices.long()].float()
-        entries: SelectedEntries = torch.Tensor._make_subclass(cls, values, True)
-        entries.dense, entries.positions = dense, indices
+        if has_values:
+            data = _selected(dense, index_list).float()
+        else:
+            data = dense.detach().new_zeros(()).expand(index_lists.count(index_list, dense.numel()))
+        entries: SelectedEntries = torch.Tensor._make_subclass(cls, data, True)
+        entries.dense, entries.index_list, entries.has_values = dense, index_list, has_values
         entries.made_for = dense.shape, dense.dtype, dense.device
         entries.place = None
         entries.mark_written()
         return entries
+
+    @property
+    def positions(self) -> Tensor:
+        """Where the entries lie in the parameter: int32 or int64 [k], flat, sorted, unique."""
+        return index_lists.positions(self.index_list, self.dense.numel())
+
+    @property
+    def is_master(self) -> bool:
+        """Whether the leaf holds digits that its parameter has no room for."""
+        return self.has_values and self.dense.dtype != torch.float32
 
     @property
     def changed(self) -> bool:
@@ -49,12 +67,19 @@ class SelectedEntries(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Copy the values alone: a copied optimizer is not tied to the model of the other."""
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
+            memo[id(self)] = nn.Parameter(self._values(), self.requires_grad)
         copied: nn.Parameter = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+        return nn.Parameter(self._values(), self.requires_grad).__reduce_ex__(protocol)
+
+    def _values(self) -> Tensor:
+        return self.detach().clone() if self.has_values else _selected(self.dense, self.index_list)
+
+
+def _selected(dense: Tensor, index_list: Tensor) -> Tensor:
+    return dense.detach().reshape(-1)[index_lists.positions(index_list, dense.numel()).long()]
 
 
 def entries_of(parameter: Tensor) -> SelectedEntries | None:

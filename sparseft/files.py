@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sparseft.reference import index_dtype
+from sparseft.index_lists import index_dtype
 
 # a gap of this size or more is written as that many "skip on" codes before its remainder
 _SKIP = 65535

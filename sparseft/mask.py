@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from sparseft import files
 from sparseft.entries import SelectedEntries, entries_of
-from sparseft.reference import index_dtype
+from sparseft.index_lists import PACKED, check_packed, count, index_dtype, positions, smallest
 
 _PREFIX = "indices."
 
@@ -24,10 +24,11 @@ class Mask(Mapping[str, Tensor]):
     """Selected entries of a model's parameters: a mapping from parameter name to index list.
 
     Index lists are flat positions in C order, sorted, unique; int32, or int64 for a parameter of 2^31 elements or
-    more. Names are the model's own; tied parameters appear once, under their first name.
+    more. They are kept packed, at about two bytes an entry, and unpacked on access. Names are the model's own; tied
+    parameters appear once, under their first name.
 
     Args:
-        indices: parameter name -> int32 or int64 [k_i], sorted and unique.
+        indices: parameter name -> int32 or int64 [k_i], sorted and unique, or the same packed.
         shapes: parameter name -> shape, for every selectable parameter, also those with nothing selected: together
             they are the `n` that density is counted in.
         dense: parameter name -> shape of the parameters that train whole, outside the budget (a new head, say).
@@ -61,10 +62,14 @@ class Mask(Mapping[str, Tensor]):
         self._indices = {
             name: check_indices(name, index, math.prod(self.shapes[name]))
             for name, index in indices.items()
-            if index.numel()
+            if count(index, math.prod(self.shapes[name]))
         }
 
     def __getitem__(self, name: str) -> Tensor:
+        return positions(self._indices[name], math.prod(self.shapes[name]))
+
+    def index_list(self, name: str) -> Tensor:
+        """Return a parameter's index list as it is kept and as ops take it: packed where that is smaller."""
         return self._indices[name]
 
     def __iter__(self) -> Iterator[str]:
@@ -84,7 +89,7 @@ class Mask(Mapping[str, Tensor]):
     @property
     def k(self) -> int:
         """Number of selected entries, dense parameters not counted."""
-        return sum(index.numel() for index in self._indices.values())
+        return sum(count(index, math.prod(self.shapes[name])) for name, index in self._indices.items())
 
     @property
     def n(self) -> int:
@@ -156,10 +161,10 @@ class Mask(Mapping[str, Tensor]):
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Return parameter groups for an optimizer of this package: `selected`, and `dense` if there is any.
 
-        Each holds its parameters and, beside them, their index lists on the parameters' devices, which optimizers of
-        other packages do not know of: they would train whole parameters. While the model's
-        gradients are compact, `selected` holds the leaves of selected entries in place of parameters and index lists,
-        for an optimizer of any package.
+        Each holds its parameters and, beside them, their index lists as `index_list` has them, on the parameters'
+        devices. Optimizers of other packages do not know of these: they would train whole parameters. While the
+        model's gradients are compact, `selected` holds the leaves of selected entries in place of parameters and index
+        lists, for an optimizer of any package.
 
         Raises:
             ValueError: the mask is of another model, or a masked parameter is frozen.
@@ -189,7 +194,7 @@ class Mask(Mapping[str, Tensor]):
         """Return the leaves of parameters with compact gradients, if they are those of this mask's entries."""
         found = []
         for name, leaf in leaves.items():
-            if leaf is None or not torch.equal(leaf.positions.cpu(), self._indices[name].cpu()):
+            if leaf is None or not torch.equal(leaf.index_list.cpu(), self._indices[name].cpu()):
                 raise ValueError(
                     f"the compact gradients that are active are of another mask: {name} has other entries; use the "
                     "mask that compact_gradients was given, or leave it and enter it with this one"
@@ -210,7 +215,7 @@ class Mask(Mapping[str, Tensor]):
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as safetensors, about two bytes an entry. Atomic: an older file survives a failure."""
-        tensors = {_PREFIX + name: files.encode_indices(index) for name, index in self._indices.items()}
+        tensors = {_PREFIX + name: files.encode_indices(index) for name, index in self.items()}
         files.save(path, "mask", tensors, self.header())
 
     @classmethod
@@ -279,16 +284,26 @@ class Mask(Mapping[str, Tensor]):
 
 
 def check_indices(name: str, index: Tensor, numel: int) -> Tensor:
-    """Return an index list in the dtype its parameter needs, or raise if it is not sorted, unique and in range."""
+    """Return the smallest form of an index list, packed or not, or raise if it is not sorted, unique and in range."""
+    if index.dtype == PACKED:
+        check_packed(name, index, numel)
+        _check_positions(name, positions(index, numel), numel)
+        return index
     if index.dtype not in (torch.int32, torch.int64) or index.dim() != 1:
         raise TypeError(f"indices of {name} must be int32 or int64 [k], got {index.dtype} {list(index.shape)}")
+    _check_positions(name, index, numel)
+    kept = smallest(index.to(index_dtype(numel)), numel)
+    # a slice of a longer list would keep all of that in memory
+    return kept.clone() if kept.untyped_storage().nbytes() > kept.nbytes else kept
+
+
+def _check_positions(name: str, index: Tensor, numel: int) -> None:
     if index.numel():
         low, high = int(index[0]), int(index[-1])
         if bool((index[1:] <= index[:-1]).any()):
             raise ValueError(f"indices of {name} must be sorted and unique; use index.unique()")
         if low < 0 or high >= numel:
             raise ValueError(f"indices of {name} must lie in [0, {numel}), got {low}..{high}; is it another model's?")
-    return index.to(index_dtype(numel))
 
 
 def fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sparseft import reference
+from sparseft.index_lists import count, index_dtype
 
 # what every optimizer's op takes beside its own options, see reference_optim.StepOptions
 _STEP_OPTIONS = (
@@ -27,7 +28,7 @@ SCHEMAS = {
     "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
     "fisher_linears_": "(Tensor(a!)[] fishers, Tensor[] xs, Tensor[] dys) -> ()",
     "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
-    "selected_grad_": "(Tensor(a!) grad, Tensor x, Tensor dy, Tensor indices, Tensor? plan=None) -> ()",
+    "selected_grad_": "(Tensor(a!) grad, Tensor x, Tensor dy, Tensor indices) -> ()",
     "fisher_segments_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor offsets, Tensor? groups=None, "
     "Tensor? weight=None) -> ()",
     "topk_indices": "(Tensor[] scores, int k) -> (Tensor indices, Tensor counts)",
@@ -54,12 +55,12 @@ def _fake_outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
 
 
 def _fake_topk_indices(scores: list[Tensor], k: int) -> tuple[Tensor, Tensor]:
-    dtype = reference.index_dtype(max(score.numel() for score in scores))
+    dtype = index_dtype(max(score.numel() for score in scores))
     return scores[0].new_empty(k, dtype=dtype), scores[0].new_empty(len(scores), dtype=torch.int64)
 
 
 def _fake_gather(tensors: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
-    return [tensor.new_empty(index.numel()) for tensor, index in zip(tensors, indices, strict=True)]
+    return [tensor.new_empty(count(index, tensor.numel())) for tensor, index in zip(tensors, indices, strict=True)]
 
 
 def _fake_nothing(*args: Any, **kwargs: Any) -> None:
@@ -101,17 +102,3 @@ def _register() -> None:
 
 
 _register()
-
-
-def selected_grad_plan(indices: Tensor, out_features: int, in_features: int) -> Tensor | None:
-    """Return what `selected_grad_` takes as `plan` for these indices, to be made once a mask; None where none helps.
-
-    indices: of a weight [out_features, in_features], sorted and unique. A plan is int32, one number for each row and
-    256 columns of the weight.
-    """
-    if SERVED_BY["selected_grad_"].get(indices.device.type) != "triton":
-        return None
-    plan: Tensor = importlib.import_module("sparseft.kernels.selected_grad").selected_grad_plan(
-        indices, out_features, in_features
-    )
-    return plan

@@ -2,7 +2,7 @@
 
 Read this file, and reference_optim.py for the optimizers, to learn what an op computes; csrc/ and kernels/ hold the
 same names, faster. Nothing here is tuned.
-Index lists are flat positions in C order, sorted, unique; int32, or int64 for a tensor of 2^31 elements and more.
+Index lists are what index_lists.py says: positions, or packed.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import itertools
 import torch
 from torch import Tensor
 
+from sparseft.index_lists import index_dtype, positions
 from sparseft.reference_optim import adamw_, lion_, sgd_, wide
 
 __all__ = [
@@ -21,7 +22,6 @@ __all__ = [
     "fisher_linears_",
     "fisher_segments_",
     "gather",
-    "index_dtype",
     "lion_",
     "outer_at",
     "selected_grad_",
@@ -71,7 +71,7 @@ def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
 
     For left = dy and right = x they are the gradients of a Linear weight [O, I], per sample, at k entries.
     left: [N, T, A]; right: [N, T, B], of one dtype, fp32, bf16 or fp16, any strides; indices: [k], flat positions
-    a_j * B + b_j. Accumulates in fp32.
+    a_j * B + b_j, not packed. Accumulates in fp32.
     """
     rows, columns = indices.long() // right.shape[2], indices.long() % right.shape[2]
     result = left.new_empty(left.shape[0], indices.numel(), dtype=wide(left[:0]).dtype)
@@ -80,14 +80,14 @@ def outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     return result
 
 
-def selected_grad_(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor, plan: Tensor | None = None) -> None:
+def selected_grad_(grad: Tensor, x: Tensor, dy: Tensor, indices: Tensor) -> None:
     """Add `sum_m dy[m, row_j] * x[m, column_j]` to grad[j]: the gradient of a Linear weight [O, I] at its entry j.
 
-    grad: fp32 [k]; x: [M, I]; dy: [M, O], same dtype as x (fp32, bf16, fp16), any strides; indices: [k], positions
-    row_j * I + column_j; a weight [I, O] takes x and dy in each other's place. plan: what `ops.selected_grad_plan`
-    makes of the indices, which saves some backends work; this one needs none. Accumulates in fp32.
+    grad: fp32 [k]; x: [M, I]; dy: [M, O], same dtype as x (fp32, bf16, fp16), any strides; indices: the list of
+    k positions row_j * I + column_j; a weight [I, O] takes x and dy in each other's place. Accumulates in fp32.
     """
-    grad += (wide(dy).T @ wide(x)).flatten()[indices.long()]
+    product = wide(dy).T @ wide(x)
+    grad += product.flatten()[positions(indices, product.numel()).long()]
 
 
 def fisher_segments_(
@@ -137,7 +137,8 @@ def gather(tensors: list[Tensor], indices: list[Tensor]) -> list[Tensor]:
 
     Compacts gradients, and extracts the values of a delta.
     """
-    return [tensor.reshape(-1)[index.long()] for tensor, index in zip(tensors, indices, strict=True)]
+    pairs = zip(tensors, indices, strict=True)
+    return [tensor.reshape(-1)[positions(index, tensor.numel()).long()] for tensor, index in pairs]
 
 
 def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor]) -> None:
@@ -146,12 +147,7 @@ def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor
     Applies a delta and keeps what it replaced in one pass: the same call again restores it.
     """
     for param, index, value in zip(params, indices, values, strict=True):
-        flat = param.view(-1)
-        replaced = flat[index.long()]
-        flat[index.long()] = value
+        flat, selected = param.view(-1), positions(index, param.numel()).long()
+        replaced = flat[selected]
+        flat[selected] = value
         value.copy_(replaced)
-
-
-def index_dtype(numel: int) -> torch.dtype:
-    """Return the dtype of index lists into a tensor of `numel` elements."""
-    return torch.int32 if numel < 2**31 else torch.int64

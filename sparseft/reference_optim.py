@@ -4,8 +4,8 @@ Every op takes `params, grads, indices`, its states, `masters` and `steps`, list
 options, and those of `StepOptions`. It updates the selected entries; nothing else is read or written.
 
 params: contiguous fp32, bf16 or fp16; grads: dense, the parameter's shape, or compact [k], any float dtype; indices:
-[k]; states: fp32 [k]; masters: fp32 [k], or empty: a 16-bit weight then keeps no more digits than it has; steps: 0-d
-fp32, steps before this one, which is counted first.
+lists of k entries; states: fp32 [k]; masters: fp32 [k], or empty: a 16-bit weight then keeps no more digits than it
+has; steps: 0-d fp32, steps before this one, which is counted first.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from sparseft import low_bits
+from sparseft.index_lists import positions
 
 
 @dataclasses.dataclass
@@ -154,7 +155,8 @@ def _step(
     lr = options.lr if options.lr_tensor is None else float(options.lr_tensor)
     for step in steps:
         step += 1
-    for i, (param, index) in enumerate(zip(params, indices, strict=True)):
+    for i, (param, packed) in enumerate(zip(params, indices, strict=True)):
+        index = positions(packed, param.numel())
         grad = _selected_grad(grads[i], index, options)
         weight = _selected_weight(param, index, masters[i])
         decay = options.weight_decay * (weight if options.pretrained is None else weight - options.pretrained[i])

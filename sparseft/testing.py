@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from sparseft import ops, reference
+from sparseft.index_lists import count, pack, positions
 from sparseft.testing_optim import OPTIMIZERS, decoded, optimizer_calls
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -94,7 +95,7 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
         return [*call.args[0], *call.args[2]]
     params, indices, masters = call.args[0], call.args[2], call.args[-2]
     weights = [
-        master if master.numel() else param.view(-1)[index.long()]
+        master if master.numel() else param.view(-1)[positions(index, param.numel()).long()]
         for param, index, master in zip(params, indices, masters, strict=True)
     ]
     states = list(call.args[3:-2])
@@ -117,9 +118,9 @@ def exact(op: str, sample: Sample) -> list[Tensor]:
         params, indices, masters = sample.args[0], sample.args[2], sample.args[-2]
         for i, (param, index, master) in enumerate(zip(params, indices, masters, strict=True)):
             if master.numel():
-                flat = double.args[0][i].view(-1)
-                current = param.view(-1)[index.long()]
-                flat[index.long()] = torch.where(master.to(param.dtype) == current, master.double(), current.double())
+                flat, selected = double.args[0][i].view(-1), positions(index, param.numel()).long()
+                current = param.view(-1)[selected]
+                flat[selected] = torch.where(master.to(param.dtype) == current, master.double(), current.double())
                 double.args[-2][i] = master.new_empty(0, dtype=torch.float64)
     return observe(op, getattr(reference, op), double)
 
@@ -255,6 +256,8 @@ def _selected_grad_inputs(generator: torch.Generator, dtype: torch.dtype) -> Ite
     x, dy = _randn(generator, 10, 30).to(dtype), _randn(generator, 10, 20).to(dtype)
     grad, indices = _randn(generator, 90), random_indices(600, 90, generator)
     yield Sample("adds to what is there, int64 indices", (grad, x, dy, indices.long()))
+    yield Sample("packed indices", (grad, x, dy, pack(indices, 600)))
+    yield from _packed_selected_grad_inputs(generator, dtype)
     yield Sample("one row, one column", (grad[:47], x, dy, torch.tensor([*range(60, 90), *range(95, 600, 30)])))
     yield Sample("first and last entry", (grad[:2], x, dy, torch.tensor([0, 599])))
     yield Sample("no entry", (grad[:0], x, dy, indices[:0]))
@@ -263,6 +266,17 @@ def _selected_grad_inputs(generator: torch.Generator, dtype: torch.dtype) -> Ite
     yield Sample("gaps between tokens", (grad, x.repeat(1, 2)[:, :30], dy.repeat(2, 1)[::2], indices))
     yield Sample("broadcast dy, stride 0", (grad, x, dy[:1].expand(10, 20), indices))
     yield Sample("one number for dy, strides 0", (grad, x, dy[:1, :1].expand(10, 20), indices))
+
+
+def _packed_selected_grad_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    x, dy = _randn(generator, 20, 300).to(dtype), _randn(generator, 20, 130).to(dtype)
+    indices = random_indices(39000, 5000, generator)
+    yield Sample("packed indices, 5 blocks", (torch.zeros(5000), x, dy, pack(indices, 39000)))
+    some = indices[(indices // 8192 == 1) | (indices // 8192 == 3)]
+    yield Sample("packed indices, empty blocks", (torch.zeros(len(some)), x, dy, pack(some, 39000)))
+    yield Sample("no packed index", (torch.zeros(0), x, dy, pack(some[:0], 39000)))
+    ends = torch.tensor([0, 8191, 8192, 38999])
+    yield Sample("packed indices at ends of blocks", (torch.zeros(4), x, dy, pack(ends, 39000)))
 
 
 def _fisher_segments_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
@@ -307,6 +321,8 @@ def _selected(generator: torch.Generator, dtype: torch.dtype) -> tuple[list[Tens
     counts = [200, 129, 1, 0, 351, 5]
     indices = [random_indices(p.numel(), k, generator) for p, k in zip(params, counts, strict=True)]
     indices[-1] = indices[-1].long()
+    for i in (0, 3, 4):
+        indices[i] = pack(indices[i], params[i].numel())
     return params, indices
 
 
@@ -314,13 +330,19 @@ def _gather_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[S
     tensors, indices = _selected(generator, dtype)
     yield Sample("many tensors", (tensors, indices))
     yield Sample("no tensor", ([], []))
+    plain = [positions(index, tensor.numel()) for tensor, index in zip(tensors, indices, strict=True)]
+    yield Sample("no packed list", (tensors, plain))
+    some = plain[4][(plain[4] // 8192 == 3) | (plain[4] // 8192 == 7)]
+    yield Sample("a packed list with empty blocks", ([tensors[4]], [pack(some, 70001)]))
+    yield Sample("all of a tensor, packed", ([tensors[4]], [pack(torch.arange(70001), 70001)]))
     mixed = [tensors[0], tensors[1].to(torch.bfloat16), tensors[2].to(torch.float16)]
     yield Sample("mixed dtypes", (mixed, indices[:3]))
 
 
 def _delta_swap_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
     params, indices = _selected(generator, dtype)
-    values = [_randn(generator, index.numel()).to(dtype) for index in indices]
+    pairs = zip(params, indices, strict=True)
+    values = [_randn(generator, count(index, param.numel())).to(dtype) for param, index in pairs]
     yield Sample("many tensors", (params, indices, values))
     yield Sample("no tensor", ([], [], []))
 

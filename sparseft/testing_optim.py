@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from sparseft import low_bits
+from sparseft.index_lists import count, positions
 
 # op -> names of its states, its options, and calls that only it knows: what is odd, compact gradients, more options
 OPTIMIZERS: dict[str, tuple[tuple[str, ...], dict[str, Any], list[tuple[str, bool, dict[str, Any]]]]] = {
@@ -56,7 +57,7 @@ def optimizer_calls(
     for name, compact, extra in _VARIANTS + own:
         params, indices = selected()
         keywords = {**options, **extra}
-        k = [index.numel() for index in indices]
+        k = [count(index, param.numel()) for param, index in zip(params, indices, strict=True)]
         stateless = keywords.get("momentum") == 0
         states = [[_randn(generator, (0 if stateless else k_i,)) for k_i in k] for _ in names]
         grads = [_randn(generator, (k_i,) if compact else p.shape, p.dtype) for p, k_i in zip(params, k, strict=True)]
@@ -102,6 +103,6 @@ def _randn(generator: torch.Generator, shape: tuple[int, ...], dtype: torch.dtyp
 def _master(generator: torch.Generator, param: Tensor, index: Tensor) -> Tensor:
     if param.dtype == torch.float32:
         return torch.empty(0)
-    current = param.view(-1)[index.long()].float()
+    current = param.view(-1)[positions(index, param.numel()).long()].float()
     # within half a unit of the weight, so that it still rounds to it
     return current * (1 + 0.2 * torch.finfo(param.dtype).eps * torch.rand(current.shape, generator=generator))

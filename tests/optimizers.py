@@ -4,6 +4,7 @@ import torch
 
 import sparseft.testing
 from sparseft import optim
+from sparseft.index_lists import positions
 
 
 class Lion(torch.optim.Optimizer):
@@ -54,6 +55,12 @@ def model_and_groups(dtype=torch.float32, device="cpu"):
         indices.append(sparseft.testing.random_indices(parameter.numel(), k, generator).to(device))
     indices[0][-1] = 1190
     return model, [{"params": list(model.parameters()), "indices": indices}]
+
+
+def parameters_and_positions(model, groups):
+    """Yield each parameter and where its selected entries are: an optimizer packs the lists of its groups."""
+    for parameter, index in zip(model.parameters(), groups[0]["indices"], strict=True):
+        yield parameter, positions(index, parameter.numel())
 
 
 def train(model, optimizer, steps, seed=0, scheduler=None):

@@ -15,6 +15,7 @@ import sparseft
 from sparseft.compact import linear as compact_linear
 from sparseft.compact import parameter as compact_parameter
 from sparseft.entries import SelectedEntries
+from sparseft.index_lists import positions
 from sparseft.mask import Mask
 
 
@@ -22,8 +23,9 @@ from sparseft.mask import Mask
 def reference_arithmetic(monkeypatch):
     """Products as torch's own linear layers make them: a dense one, of which the selected entries are taken."""
 
-    def selected_grad_(grad, x, dy, indices, plan=None):
-        grad += (dy.T @ x).reshape(-1)[indices.long()]
+    def selected_grad_(grad, x, dy, indices):
+        product = dy.T @ x
+        grad += product.reshape(-1)[positions(indices, product.numel()).long()]
 
     monkeypatch.setattr(compact_linear.torch.ops.sparseft, "selected_grad_", selected_grad_)
     monkeypatch.setattr("sparseft.products.prefer_onednn", lambda: False)

@@ -6,7 +6,17 @@ import pickle
 
 import pytest
 import torch
-from optimizers import OPTIMIZERS, OPTIONS, PLAIN, TORCH, assert_same, model_and_groups, train, weights
+from optimizers import (
+    OPTIMIZERS,
+    OPTIONS,
+    PLAIN,
+    TORCH,
+    assert_same,
+    model_and_groups,
+    parameters_and_positions,
+    train,
+    weights,
+)
 
 import sparseft
 import sparseft.testing
@@ -44,7 +54,7 @@ def test_unselected_entries_stay_bit_identical(name, device, dtype):
     model, groups = model_and_groups(dtype, device)
     before = weights(model)
     train(model, OPTIMIZERS[name](groups, **OPTIONS[name]), 21)
-    for old, new, index in zip(before, weights(model), groups[0]["indices"], strict=True):
+    for old, (new, index) in zip(before, parameters_and_positions(model, groups), strict=True):
         outside = torch.ones(old.numel(), dtype=torch.bool, device=device)
         outside[index.long()] = False
         assert torch.equal(old.view(-1)[outside], new.view(-1)[outside])
@@ -68,7 +78,8 @@ def test_a_saved_state_resumes_bit_for_bit(name, dtype):
     other.load_state_dict(saved["model"])
     resumed = OPTIMIZERS[name](other.parameters(), lr=1.0)
     resumed.load_state_dict(saved["optimizer"])
-    assert int(resumed.param_groups[0]["indices"][0][-1]) == 1190
+    _, index = next(parameters_and_positions(other, resumed.param_groups))
+    assert int(index[-1]) == 1190
     train(other, resumed, 5, seed=1)
     assert_same(weights(model), weights(other))
 
@@ -174,7 +185,7 @@ def test_gradients_of_the_selected_entries_alone_do_as_well(name):
     model, groups = model_and_groups()
     other, other_groups = model_and_groups()
     optimizers = [OPTIMIZERS[name](g, **OPTIONS[name]) for g in (groups, other_groups)]
-    for parameter, twin, index in zip(model.parameters(), other.parameters(), groups[0]["indices"], strict=True):
+    for twin, (parameter, index) in zip(other.parameters(), parameters_and_positions(model, groups), strict=True):
         parameter.grad = torch.randn_like(parameter)
         flat = parameter.grad.view(-1)
         twin.grad = torch.zeros_like(twin)
@@ -189,7 +200,7 @@ def test_state_is_k_sized(name):
     model, groups = model_and_groups(torch.bfloat16)
     optimizer = OPTIMIZERS[name](groups, **OPTIONS[name])
     train(model, optimizer, 1)
-    for parameter, index in zip(model.parameters(), groups[0]["indices"], strict=True):
+    for parameter, index in parameters_and_positions(model, groups):
         sizes = {key: value.numel() for key, value in optimizer.state[parameter].items()}
         assert sizes.pop("step") == 1
         assert sizes.pop("scales", 0) in (0, len(sizes) - 1)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from optimizers import PLAIN, TORCH, assert_same, model_and_groups, train, weights
+from optimizers import PLAIN, TORCH, assert_same, model_and_groups, parameters_and_positions, train, weights
 
 import sparseft
 import sparseft.testing
@@ -28,8 +28,8 @@ def gradients(generator, parameters, step):
 def test_it_is_clip_grad_norm_of_the_selected_gradients(name, device, max_norm):
     """Over two groups; the reference holds the selected entries as parameters of their own."""
     model, groups = model_and_groups(device=device)
-    indices = [index[index > 0].long() for index in groups[0]["indices"]]
-    parameters = list(model.parameters())
+    parameters, indices = zip(*parameters_and_positions(model, groups), strict=True)
+    indices = [index[index > 0].long() for index in indices]
     twins = [torch.nn.Parameter(p.detach().view(-1)[i]) for p, i in zip(parameters, indices, strict=True)]
     split = [{"params": parameters[:2], "indices": indices[:2]}, {"params": parameters[2:], "indices": indices[2:]}]
     ours = OPTIMIZERS[name](split, **PLAIN[name], max_norm=max_norm)
@@ -91,7 +91,8 @@ def test_norms_of_16_bit_gradients_do_not_overflow(device):
     weight = torch.nn.Parameter(torch.zeros(400, dtype=torch.float16, device=device))
     weight.grad = torch.full_like(weight, 300.0)
     index = torch.arange(400, device=device)
-    norm = clipping.gradient_norm([([weight.grad, weight.grad], [torch.arange(0, 400, 2, device=device), index])])
+    indices = [torch.arange(0, 400, 2, device=device), index]
+    norm = clipping.gradient_norm([([weight.grad, weight.grad], indices, [200, 400])])
     assert norm.dtype == torch.float32
     torch.testing.assert_close(norm.item(), 300 * 600**0.5)
 
@@ -102,10 +103,10 @@ def test_the_norm_does_not_depend_on_how_much_is_gathered_at_a_time(monkeypatch)
     norms = []
     for entries in (1, 20, 1 << 24):
         monkeypatch.setattr(clipping, "_AT_A_TIME", entries)
-        norms.append(clipping.gradient_norm([(grads, indices), ([], [])]))
+        norms.append(clipping.gradient_norm([(grads, indices, [len(index) for index in indices]), ([], [], [])]))
     wanted = torch.cat([grad[index] for grad, index in zip(grads, indices, strict=True)]).norm()
     torch.testing.assert_close(norms, [wanted] * 3)
-    assert clipping.gradient_norm([([], [])]) is None
+    assert clipping.gradient_norm([([], [], [])]) is None
 
 
 def test_a_step_without_gradients_is_none():

@@ -64,7 +64,7 @@ def test_indices_are_those_of_the_leaves_and_take_no_room_of_their_own(name):
     with sparseft.compact_gradients(model, mask) as compact:
         optimizer = OPTIMIZERS[name](mask.param_groups(model), **OPTIONS[name])
         for leaf, index in zip(compact.entries.values(), optimizer.param_groups[0]["indices"], strict=True):
-            assert index is leaf.positions
+            assert index is leaf.index_list
 
 
 @pytest.mark.parametrize("name", PLAIN)

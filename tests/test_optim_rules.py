@@ -4,7 +4,7 @@ import io
 
 import pytest
 import torch
-from optimizers import OPTIONS, PLAIN, TORCH, model_and_groups, train
+from optimizers import OPTIONS, PLAIN, TORCH, model_and_groups, parameters_and_positions, train
 
 import sparseft
 import sparseft.testing
@@ -52,7 +52,7 @@ def test_a_weight_that_is_the_pretrained_one_does_not_decay(name, dtype):
 def test_the_pretrained_values_take_the_room_of_the_weights():
     model, groups = model_and_groups(torch.bfloat16)
     optimizer = sparseft.SparseSGD(groups, decay_to="pretrained")
-    start = [p.detach().view(-1)[i.long()] for p, i in zip(model.parameters(), groups[0]["indices"], strict=True)]
+    start = [p.detach().view(-1)[index.long()] for p, index in parameters_and_positions(model, groups)]
     train(model, optimizer, 3)
     for parameter, values in zip(model.parameters(), start, strict=True):
         kept = optimizer.state[parameter]["pretrained"]

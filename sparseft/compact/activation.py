@@ -19,10 +19,10 @@ from sparseft.mask import Mask
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def compact_gradients(model: nn.Module, mask: Mask) -> CompactGradients:
+def compact_gradients(model: nn.Module, mask: Mask, *, values: bool = True) -> CompactGradients:
     """Return a context in which backward computes the gradients of a mask's entries, and no dense weight gradient.
 
-    Inside, each selected parameter has a leaf of its selected entries, which gets its gradients: an fp32 parameter of
+    Inside, each selected parameter has a leaf of its selected entries, which gets its gradients: a parameter of
     k values, registered with the model, whose gradient has k values too. `mask.param_groups(model)` gives these leaves
     to any torch optimizer; `model.parameters()` has them for clipping, DDP and logging. After an optimizer's step the
     model's weights have what the leaves have. `state_dict()` does not show them.
@@ -34,13 +34,17 @@ def compact_gradients(model: nn.Module, mask: Mask) -> CompactGradients:
     Args:
         model: fp32, bf16 or fp16; already on its device, not yet wrapped by DDP or compiled.
         mask: what trains; parameters in `mask.dense` train whole, as they would without this.
+        values: whether leaves hold the values of their entries, in fp32. Without, they and their gradients have the
+            parameter's dtype and leaves take no memory; only optimizers of this package train them then, and a bf16 or
+            fp16 parameter wants rounding="stochastic" from these.
 
     Raises:
-        RuntimeError: compact gradients of another mask are active, or parameters share memory unexpectedly.
+        RuntimeError: compact gradients of another mask are active, or with leaves of the other kind, or parameters
+            share memory unexpectedly.
         TypeError: a selected parameter is of a dtype or class that is not served, as quantised ones are.
         ValueError: the mask is of another model, or selects nothing.
     """
-    return CompactGradients(model, mask)
+    return CompactGradients(model, mask, values)
 
 
 class CompactGradients:
@@ -50,12 +54,12 @@ class CompactGradients:
         entries: parameter name -> its leaf; empty before the context is entered for the first time.
     """
 
-    def __init__(self, model: nn.Module, mask: Mask) -> None:
+    def __init__(self, model: nn.Module, mask: Mask, values: bool = True) -> None:
         # torch.compile runs the module that it wraps
         model = getattr(model, "_orig_mod", model)
         _check_model(model, mask)
         self.entries: dict[str, SelectedEntries] = {}
-        self._model, self._mask = model, mask
+        self._model, self._mask, self._values = model, mask, values
         self._entered = 0
         self._undo = contextlib.ExitStack()
 
@@ -77,23 +81,25 @@ class CompactGradients:
         parameters = {name: p for name, p in self._model.named_parameters() if name in self._mask}
         outer = _active.get(self._model)
         if outer is not None:
-            if outer._mask != self._mask:
+            if outer._mask != self._mask or outer._values != self._values:
                 raise RuntimeError(
-                    f"compact gradients of another mask are active, {outer._mask}, got {self._mask}; leave that "
-                    "context first"
+                    f"compact gradients of another mask are active, or with other leaves: {outer._mask}, "
+                    f"values={outer._values}, got {self._mask}, values={self._values}; leave that context first"
                 )
             self.entries = outer.entries
             return
         made = _made.get(self._model)
-        if not self.entries and made is not None and made[0] == self._mask:
-            self.entries = made[1]
+        if not self.entries and made is not None and made[:2] == (self._mask, self._values):
+            self.entries = made[2]
         _check_parameters(self._model, parameters, self.entries)
         with contextlib.ExitStack() as undo:
             for name, parameter in parameters.items():
                 if name in self.entries:
                     stepping.refresh([self.entries[name]])
                 else:
-                    self.entries[name] = SelectedEntries(parameter, self._mask[name].to(parameter.device))
+                    self.entries[name] = SelectedEntries(
+                        parameter, self._mask.index_list(name).to(parameter.device), self._values
+                    )
             required = {name: p.requires_grad for name, p in self._model.named_parameters()}
             undo.enter_context(rest_frozen(self._model, self._mask))
             for name, parameter in parameters.items():
@@ -104,11 +110,13 @@ class CompactGradients:
             undo.enter_context(stepping.following(self._model, self.entries))
             undo.enter_context(_registered(self))
             self._undo = undo.pop_all()
-        _made[self._model] = self._mask, self.entries
+        _made[self._model] = self._mask, self._values, self.entries
 
 
-# model -> the leaves that were made for it last, and their mask: entered again with an equal one, it has the same
-_made: weakref.WeakKeyDictionary[nn.Module, tuple[Mask, dict[str, SelectedEntries]]] = weakref.WeakKeyDictionary()
+# model -> the leaves that were made for it last, with mask and kind: entered again with equal ones, it has the same
+_made: weakref.WeakKeyDictionary[nn.Module, tuple[Mask, bool, dict[str, SelectedEntries]]] = (
+    weakref.WeakKeyDictionary()
+)
 _active: weakref.WeakKeyDictionary[nn.Module, CompactGradients] = weakref.WeakKeyDictionary()
 
 

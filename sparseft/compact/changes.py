@@ -64,9 +64,9 @@ def _gather_gradient(parameter: torch.Tensor) -> None:
     grad, parameter.grad = parameter.grad, None
     leaf = entries_of(parameter)
     if grad is not None and leaf is not None and leaf.requires_grad:
-        (selected,) = torch.ops.sparseft.gather([grad.contiguous()], [leaf.positions])
+        (selected,) = torch.ops.sparseft.gather([grad.contiguous()], [leaf.index_list])
         # through autograd, for those who wait for the leaf's gradient
-        torch.autograd.backward([leaf], [selected.float()])
+        torch.autograd.backward([leaf], [selected.to(leaf.dtype)])
 
 
 @contextlib.contextmanager

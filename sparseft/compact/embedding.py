@@ -12,34 +12,37 @@ from torch.autograd.function import once_differentiable
 
 from sparseft.compact.selection import Selection
 from sparseft.entries import entries_of
+from sparseft.index_lists import positions
 
 
 class _Embedding(torch.autograd.Function):
-    """weight[ids]; row `padding_idx` gets no gradient. rows: those with selected entries, sorted."""
+    """weight[ids]; row `padding_idx` gets no gradient. rows: how many have selected entries."""
 
     @staticmethod
     def forward(
-        ctx: Any, entries: Tensor, ids: Tensor, weight: Tensor, padding_idx: int | None, indices: Tensor, rows: Tensor
+        ctx: Any, entries: Tensor, ids: Tensor, weight: Tensor, padding_idx: int | None, index_list: Tensor, rows: int
     ) -> Tensor:
-        ctx.save_for_backward(ids, indices, rows)
-        ctx.width, ctx.padding_idx = weight.shape[1], padding_idx
+        ctx.save_for_backward(ids, index_list)
+        ctx.shape, ctx.padding_idx, ctx.rows, ctx.dtype = weight.shape, padding_idx, rows, entries.dtype
         return F.embedding(ids, weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ids, indices, rows = ctx.saved_tensors
-        ids, last = ids.reshape(-1), len(rows)
-        slot = torch.searchsorted(rows, ids).clamp_(max=last - 1)
-        counts = rows[slot] == ids
+        ids, index_list = ctx.saved_tensors
+        height, width = ctx.shape
+        entries = positions(index_list, height * width).long()
+        rows, columns, ids, last = entries // width, entries % width, ids.reshape(-1), ctx.rows
+        selected = ids.new_zeros(height, dtype=torch.bool).index_fill_(0, rows, True)
+        slot = selected.cumsum(0) - 1
+        counts = selected[ids]
         if ctx.padding_idx is not None:
             counts &= ids != ctx.padding_idx
         # what no selected entry waits for goes to one more row
         sums = torch.ops.aten.embedding_dense_backward(
-            dy.reshape(-1, ctx.width).float(), torch.where(counts, slot, last), last + 1, -1, False
+            dy.reshape(-1, width).float(), torch.where(counts, slot[ids], last), last + 1, -1, False
         )
-        entry_rows, entry_columns = indices.long() // ctx.width, indices.long() % ctx.width
-        return sums[torch.searchsorted(rows, entry_rows), entry_columns], None, None, None, None, None
+        return sums[slot[rows], columns].to(ctx.dtype), None, None, None, None, None
 
 
 def _embedding(
@@ -61,8 +64,8 @@ def _embedding(
     selection: Selection = weight.selection  # type: ignore[attr-defined]
     if padding_idx is not None and padding_idx < 0:
         padding_idx += len(weight)
-    indices, rows = selection.entries.positions, selection.rows
-    y: Tensor = _Embedding.apply(selection.entries, input, weight, padding_idx, indices, rows)  # type: ignore[no-untyped-call]
+    leaf = selection.entries
+    y: Tensor = _Embedding.apply(leaf, input, weight, padding_idx, leaf.index_list, selection.rows)  # type: ignore[no-untyped-call]
     return y
 
 

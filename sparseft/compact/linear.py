@@ -20,7 +20,7 @@ from sparseft.products import autocast_dtype, linear
 class _Linear(torch.autograd.Function):
     """y = x @ weight.T + bias, or x @ weight + bias for a weight [I, O]; the leaf gets the weight's gradient.
 
-    indices, plan, kept: see `Wanted`.
+    indices, kept: see `Wanted`.
     """
 
     @staticmethod
@@ -32,19 +32,18 @@ class _Linear(torch.autograd.Function):
         bias: Tensor | None,
         transposed: bool,
         indices: Tensor,
-        plan: Tensor | None,
         kept: Tensor | None,
     ) -> Tensor:
         needed = x if kept is None else x.index_select(-1, kept)
-        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices, plan)
-        ctx.transposed, ctx.dtype = transposed, x.dtype
+        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices)
+        ctx.transposed, ctx.dtype, ctx.leaf = transposed, x.dtype, (entries.shape, entries.dtype)
         matrix = weight.to(x.dtype)
         return linear(x, matrix.T if transposed else matrix, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices, plan = ctx.saved_tensors
+        x, weight, indices = ctx.saved_tensors
         grad = dx = bias_grad = None
         if ctx.needs_input_grad[1]:
             matrix = weight.to(ctx.dtype)
@@ -52,12 +51,14 @@ class _Linear(torch.autograd.Function):
         dy_rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         if x is not None:
             x_rows = x.reshape(len(dy_rows), x.shape[-1])
-            grad = torch.zeros(indices.shape, dtype=torch.float32, device=dy.device)
+            shape, dtype = ctx.leaf
+            grad = torch.zeros(shape, dtype=torch.float32, device=dy.device)
             left, right = (x_rows, dy_rows) if ctx.transposed else (dy_rows, x_rows)
-            torch.ops.sparseft.selected_grad_(grad, right, left, indices, plan)
+            torch.ops.sparseft.selected_grad_(grad, right, left, indices)
+            grad = grad.to(dtype)
         if ctx.needs_input_grad[3]:
             bias_grad = dy_rows.sum(0)
-        return grad, dx, None, bias_grad, None, None, None, None
+        return grad, dx, None, bias_grad, None, None, None
 
 
 def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
@@ -73,8 +74,7 @@ def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: 
         bias = bias.selection.tied(bias)  # type: ignore[attr-defined]
     dtype = autocast_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    more = (wanted.indices, wanted.plan, wanted.kept)
-    y: Tensor = _Linear.apply(entries_of(weight), x, weight, bias, transposed, *more)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(entries_of(weight), x, weight, bias, transposed, wanted.indices, wanted.kept)  # type: ignore[no-untyped-call]
     return y
 
 

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from sparseft import ops
+from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.entries import SelectedEntries
+from sparseft.index_lists import index_dtype, smallest
 
 _FEW = 4  # columns are few if they are at most this part of all: several layers may copy theirs from one input
 
@@ -20,14 +21,12 @@ class Wanted:
     """What a linear layer computes of a matrix's gradient.
 
     Attributes:
-        indices: where the selected entries lie: flat, sorted; in the matrix, or in the kept lines of it alone.
-        plan: of `selected_grad_`.
+        indices: the index list of the selected entries: in the matrix, or in the kept lines of it alone.
         kept: int64, sorted: the columns of the layer's input that selected entries meet, if they are few; else None.
     """
 
     indices: Tensor
-    plan: Tensor | None
-    kept: Tensor | None
+    kept: Tensor | None = None
 
 
 @dataclasses.dataclass(eq=False)
@@ -36,13 +35,13 @@ class Selection:
 
     Attributes:
         entries: the leaf.
-        rows: of a matrix, the numbers of those in which anything is selected: int64, sorted.
+        rows: of a matrix, how many have anything selected.
         linear: of a matrix [O, I], what x @ matrix.T wants.
         conv1d: of a matrix [I, O], what x @ matrix wants.
     """
 
     entries: SelectedEntries
-    rows: Tensor | None = None
+    rows: int = 0
     linear: Wanted | None = None
     conv1d: Wanted | None = None
 
@@ -55,23 +54,23 @@ class Selection:
         positions = entries.positions.long()
         rows, row_slots = (positions // width).unique(return_inverse=True)
         columns, column_slots = (positions % width).unique(return_inverse=True)
-        linear = conv1d = _wanted(entries.positions, height, width)
+        linear = conv1d = Wanted(entries.index_list)
         if _FEW * len(columns) <= width:
             inside = positions // width * len(columns) + column_slots
-            linear = _wanted(inside.to(entries.positions.dtype), height, len(columns), columns)
+            linear = Wanted(_index_list(inside, height * len(columns)), columns)
         if _FEW * len(rows) <= height:
             inside = row_slots * width + positions % width
-            conv1d = _wanted(inside.to(entries.positions.dtype), len(rows), width, rows)
-        return cls(entries, rows, linear, conv1d)
+            conv1d = Wanted(_index_list(inside, len(rows) * width), rows)
+        return cls(entries, len(rows), linear, conv1d)
 
     def tied(self, parameter: Tensor) -> Tensor:
         """Return the parameter as a tensor whose dense gradient is gathered and freed at once."""
-        tied: Tensor = _Tie.apply(self.entries, parameter, self.entries.positions)  # type: ignore[no-untyped-call]
+        tied: Tensor = _Tie.apply(self.entries, parameter, self.entries.index_list)  # type: ignore[no-untyped-call]
         return tied
 
 
-def _wanted(indices: Tensor, height: int, width: int, kept: Tensor | None = None) -> Wanted:
-    return Wanted(indices, ops.selected_grad_plan(indices, height, width), kept)
+def _index_list(positions: Tensor, numel: int) -> Tensor:
+    return smallest(positions.to(index_dtype(numel)), numel)
 
 
 class _Tie(torch.autograd.Function):
@@ -80,6 +79,7 @@ class _Tie(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, entries: Tensor, parameter: Tensor, indices: Tensor) -> Tensor:
         ctx.save_for_backward(indices)
+        ctx.dtype = entries.dtype
         return parameter.view_as(parameter)
 
     @staticmethod
@@ -87,4 +87,4 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (indices,) = ctx.saved_tensors
         (found,) = torch.ops.sparseft.gather([grad.contiguous()], [indices])
-        return found.float(), None, None
+        return found.to(ctx.dtype), None, None

@@ -54,6 +54,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     # what was changed by hand since the last step or forward pass, as sharpness-aware steps do
     write_changed(leaves)
     if leaves and not _writes(optimizer):
+        _check_values(leaves)
         refresh(leaves)
         _stepping[id(optimizer)] = [leaf for leaf in leaves if leaf.grad is not None]
 
@@ -69,10 +70,10 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
 @torch.no_grad()
 def refresh(leaves: Sequence[SelectedEntries]) -> None:
     """Take the weights' values into the leaves that no longer round to them: they were changed from outside."""
+    leaves = [leaf for leaf in leaves if leaf.has_values]
     if leaves:
-        values = torch.ops.sparseft.gather(
-            [leaf.dense.detach() for leaf in leaves], [leaf.positions for leaf in leaves]
-        )
+        weights = [leaf.dense.detach() for leaf in leaves]
+        values = torch.ops.sparseft.gather(weights, [leaf.index_list for leaf in leaves])
         for leaf, value in zip(leaves, values, strict=True):
             leaf.copy_(torch.where(leaf.to(value.dtype) == value, leaf, value.float()))
             leaf.mark_written()
@@ -81,11 +82,12 @@ def refresh(leaves: Sequence[SelectedEntries]) -> None:
 @torch.no_grad()
 def write(leaves: Sequence[SelectedEntries]) -> None:
     """Round the leaves into the weights."""
+    leaves = [leaf for leaf in leaves if leaf.has_values]
     if leaves:
         weights = [leaf.dense.detach() for leaf in leaves]
         # exchanged with a copy, which is then dropped
         values = [leaf.detach().to(leaf.dense.dtype, copy=True) for leaf in leaves]
-        torch.ops.sparseft.delta_swap_(weights, [leaf.positions for leaf in leaves], values)
+        torch.ops.sparseft.delta_swap_(weights, [leaf.index_list for leaf in leaves], values)
         torch.autograd.graph.increment_version([leaf.dense for leaf in leaves])
         for leaf in leaves:
             leaf.mark_written()
@@ -108,6 +110,15 @@ def _check_not_behind(params: Sequence[Any]) -> None:
             "the optimizer has parameters whose gradients are compact, and not the leaves of their selected entries, "
             "which get the gradients; make the optimizer inside compact_gradients, from mask.param_groups(model) or "
             "model.parameters(); or, for an optimizer of this package, call set_mask(mask, model) inside"
+        )
+
+
+def _check_values(leaves: Sequence[SelectedEntries]) -> None:
+    """Raise unless leaves hold values, which optimizers of other packages train."""
+    if not all(leaf.has_values for leaf in leaves):
+        raise RuntimeError(
+            "leaves without values are for optimizers of this package, which update the weights themselves, got "
+            "another one; use one of sparseft's, or compact_gradients with values=True"
         )
 
 

@@ -18,7 +18,16 @@ from sparseft.mask import Mask
 from sparseft.optim.clipping import divisor, gradient_norm
 from sparseft.optim.mask_change import Move, carry_leaf, members
 from sparseft.optim.options import DEFAULTS, SharedOptions, check_options
-from sparseft.optim.parameters import Trained, checked_indices, take_master, trained, untie_copies, weight
+from sparseft.optim.parameters import (
+    Trained,
+    checked_indices,
+    entries,
+    take_master,
+    trained,
+    unpacked,
+    untie_copies,
+    weight,
+)
 from sparseft.optim.states import carried_state, make_state
 
 
@@ -41,9 +50,10 @@ class Step:
 class SparseOptimizer(torch.optim.Optimizer):
     """Base of the optimizers that train selected entries only.
 
-    A parameter group may hold `indices`: one index list a parameter (flat, sorted, unique), as `Mask.param_groups`
-    makes them. A group without it trains every entry. Nothing outside the index lists changes, bit for bit: no decay,
-    no momentum. `param.grad` is read and never written; a gradient of k entries in place of a dense one works too.
+    A parameter group may hold `indices`: one index list a parameter, positions or packed (`sparseft.index_lists`), as
+    `Mask.param_groups` makes them. A group without it trains every entry. Nothing outside the index lists changes, bit
+    for bit: no decay, no momentum. `param.grad` is read and never written; a gradient of k entries in place of a dense
+    one works too.
 
     State has one entry a selected weight, in fp32: torch's names, `step` (0-d), and for a bf16 or fp16 parameter
     `master`, its selected entries in fp32. What every optimizer can be asked for, `SharedOptions`, may change that.
@@ -106,7 +116,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             work.append(trained(group))
         norm = None
         if any(group["max_norm"] is not None for group in self.param_groups):
-            norm = gradient_norm((found.grads, found.indices) for found in work)
+            norm = gradient_norm((found.grads, found.indices, found.k) for found in work)
         place = 0
         for group, found in zip(self.param_groups, work, strict=True):
             if found.params:
@@ -120,7 +130,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         keys = chain.from_iterable(group["params"] for group in found["param_groups"])
         for key, param in zip(keys, params, strict=True):
-            if key in found["state"] and isinstance(param, SelectedEntries) and param.dense.dtype != torch.float32:
+            if key in found["state"] and isinstance(param, SelectedEntries) and param.is_master:
                 found["state"][key] = {**found["state"][key], "master": param.detach()}
         return found
 
@@ -152,7 +162,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[param][name] = value.to(param.device, copy=True) if torch.is_tensor(value) else value
-            if isinstance(param, SelectedEntries) and "master" in self.state[param]:
+            if isinstance(param, SelectedEntries) and param.is_master and "master" in self.state[param]:
                 take_master(param, self.state[param].pop("master"))
 
     @torch.no_grad()
@@ -177,7 +187,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             old_lists = {id(param): index for param, index in zip(group["params"], group["indices"], strict=True)}
             for member, index in zip(its_members, its_lists, strict=True):
                 if member.before is not None and member.before in self.state:
-                    move = Move.between(old_lists[id(member.before)], index)
+                    move = Move.between(
+                        *(unpacked(member.before, each) for each in (old_lists[id(member.before)], index))
+                    )
                     carry_leaf(member.before, member.param, move)
                     state, names = self.state[member.before], self._state_names(group)
                     states[member.param] = carried_state(state, names, member.param, index, move)
@@ -189,18 +201,19 @@ class SparseOptimizer(torch.optim.Optimizer):
         self.state.update(states)
 
     def __repr__(self) -> str:
-        entries = sum(index.numel() for group in self.param_groups for index in group["indices"])
+        pairs = (pair for group in self.param_groups for pair in zip(group["params"], group["indices"], strict=True))
+        k = sum(entries(*pair) for pair in pairs)
         options = {
             key: value for key, value in self.param_groups[0].items() if key not in ("params", "indices", "name")
         }
-        return f"{type(self).__name__}({entries:,} entries, {options})"
+        return f"{type(self).__name__}({k:,} entries, {options})"
 
     def _group_step(self, group: dict[str, Any], found: Trained, first_place: int, norm: Tensor | None) -> None:
         """Call the optimizer's op with what every optimizer shares; `first_place`: parameters in groups before."""
         params, device = found.params, found.params[0].device
         states = [self.state[param] for param in params]
-        for state, param, index in zip(states, params, found.indices, strict=True):
-            make_state(state, group, self._state_names(group), param, index)
+        for state, param, index, k in zip(states, params, found.indices, found.k, strict=True):
+            make_state(state, group, self._state_names(group), param, index, k)
         lr, grad_scale = group["lr"], getattr(self, "grad_scale", None)
         if norm is not None and group["max_norm"] is not None:
             grad_scale = divisor(norm, group["max_norm"], grad_scale).to(device, non_blocking=True)
@@ -228,6 +241,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         ]
         self._update(group, Step(plain, found.grads, found.indices, masters, states, shared))
         torch.autograd.graph.increment_version({*params, *weights})
+        for param in params:
+            if isinstance(param, SelectedEntries):
+                param.mark_written()  # the op wrote both it and its weights
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""
@@ -240,7 +256,7 @@ class SparseOptimizer(torch.optim.Optimizer):
 
 def _master(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
     """Return the fp32 copy of a parameter's selected entries, an empty tensor if there is none."""
-    if isinstance(param, SelectedEntries):
+    if isinstance(param, SelectedEntries) and param.has_values:
         return param
     none = _no_master(param.device)
     return state.get("master", none) if group["rounding"] == "master" else none

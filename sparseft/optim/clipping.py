@@ -9,18 +9,18 @@ from torch import Tensor
 
 # entries that are gathered at a time, so that clipping needs no second copy of all selected gradients
 _AT_A_TIME = 1 << 24
-Gradients = tuple[Sequence[Tensor], Sequence[Tensor]]
+Gradients = tuple[Sequence[Tensor], Sequence[Tensor], Sequence[int]]
 
 
 def gradient_norm(groups: Iterable[Gradients]) -> Tensor | None:
     """Return the Euclidean norm of the selected gradients of all groups, fp32, 0-d; None where there are none.
 
-    groups: gradients, dense or compact, and their index lists.
+    groups: gradients, dense or compact, their index lists, and how many entries those have.
     """
     norms: list[Tensor] = []
-    for grads, indices in groups:
-        for some_grads, some_indices in _batches(grads, indices):
-            whole = [g.numel() == i.numel() for g, i in zip(some_grads, some_indices, strict=True)]
+    for group in groups:
+        for some_grads, some_indices, some_k in _batches(*group):
+            whole = [grad.numel() == k for grad, k in zip(some_grads, some_k, strict=True)]
             dense = [j for j, is_whole in enumerate(whole) if not is_whole]
             selected = [grad for grad, is_whole in zip(some_grads, whole, strict=True) if is_whole]
             selected += torch.ops.sparseft.gather([some_grads[j] for j in dense], [some_indices[j] for j in dense])
@@ -40,12 +40,12 @@ def divisor(norm: Tensor, max_norm: float, grad_scale: Tensor | None) -> Tensor:
     return scale / share
 
 
-def _batches(grads: Sequence[Tensor], indices: Sequence[Tensor]) -> Iterator[Gradients]:
+def _batches(grads: Sequence[Tensor], indices: Sequence[Tensor], k: Sequence[int]) -> Iterator[Gradients]:
     begin = entries = 0
-    for i, index in enumerate(indices):
-        if i > begin and entries + index.numel() > _AT_A_TIME:
-            yield grads[begin:i], indices[begin:i]
+    for i, more in enumerate(k):
+        if i > begin and entries + more > _AT_A_TIME:
+            yield grads[begin:i], indices[begin:i], k[begin:i]
             begin, entries = i, 0
-        entries += index.numel()
+        entries += more
     if begin < len(grads):
-        yield grads[begin:], indices[begin:]
+        yield grads[begin:], indices[begin:], k[begin:]

@@ -90,7 +90,9 @@ def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -
 
 def carry_leaf(old: Tensor, new: Tensor, move: Move) -> None:
     """Give a leaf of selected entries the digits that another has of them and a 16-bit weight does not."""
-    if isinstance(old, SelectedEntries) and isinstance(new, SelectedEntries) and old is not new:
+    if not (isinstance(old, SelectedEntries) and isinstance(new, SelectedEntries)):
+        return
+    if old is not new and old.is_master and new.is_master:
         kept = move.carry(old.detach(), new.detach().clone())
         dtype = new.dense.dtype
         new.detach().copy_(torch.where(kept.to(dtype) == new.to(dtype), kept, new.detach()))

@@ -16,8 +16,8 @@ class SharedOptions(TypedDict, total=False):
         `torch.nn.utils.clip_grad_norm_` would do to them; None: not. The norm is that of all groups together.
     rounding: how a bf16 or fp16 weight takes steps smaller than its last digit. "master": its selected entries are
         kept in fp32, too, and rounded to the nearest. "stochastic": they are not, which saves 4 bytes each; a weight
-        is rounded to either neighbour, with the probability that makes the mean right. With compact gradients the
-        leaf is a master that is there anyway.
+        is rounded to either neighbour, with the probability that makes the mean right. With compact gradients
+        the leaf is a master that is there anyway, unless leaves hold no values.
     state_bits: 32, or 8: the optimizer's running means take a byte an entry, and an fp32 scale for every 256 of them.
         They keep about a digit, from the block's largest gradient down to 2^-15 of it, rounded at random: AdamW's
         steps vary by an eighth or so, and are right in the mean.

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from sparseft.low_bits import code_blocks, decode, encode
 from sparseft.optim.mask_change import Move
-from sparseft.optim.parameters import values
+from sparseft.optim.parameters import entries, values
 
 
 def make_state(
-    state: dict[str, Any], group: Mapping[str, Any], names: Sequence[str], param: Tensor, index: Tensor
+    state: dict[str, Any], group: Mapping[str, Any], names: Sequence[str], param: Tensor, index: Tensor, k: int
 ) -> None:
     """Complete a parameter's state with what the options of its group need.
 
-    names: of the moments, at most two; the second one is a mean of squares.
+    names: of the moments, at most two; the second one is a mean of squares; k: entries of the index list.
     """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -29,7 +29,7 @@ def make_state(
         state["master"] = values(param, index).float()
     if group["decay_to"] == "pretrained" and "pretrained" not in state:
         state["pretrained"] = values(param, index)
-    _make_moments(state, names, index.numel(), param.device, group["state_bits"])
+    _make_moments(state, names, k, param.device, group["state_bits"])
 
 
 def carried_state(
@@ -42,7 +42,7 @@ def carried_state(
     for name in state.keys() & {"master", "pretrained"}:
         carried[name] = move.carry(state[name], values(param, index).to(state[name].dtype))
     moments = _in_fp32(state, [name for name in names if name in state])
-    moments = {name: move.carry(moment, moment.new_zeros(index.numel())) for name, moment in moments.items()}
+    moments = {name: move.carry(moment, moment.new_zeros(entries(param, index))) for name, moment in moments.items()}
     return carried | (_in_8_bits(moments) if "scales" in state else moments)
 
 
