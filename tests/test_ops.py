@@ -8,7 +8,6 @@ import torch
 
 from sparseft import ops, reference, testing
 from sparseft.index_lists import positions
-from sparseft.index_lists import positions
 
 CASES = [(op, device) for op in ops.SCHEMAS for device in testing.devices()]
 
