@@ -11,7 +11,13 @@ import torch
 from torch import nn
 
 from sparseft.compact import stepping
-from sparseft.compact.changes import hidden_from_ddp, leaves_registered, made_compact, rest_frozen
+from sparseft.compact.changes import (
+    hidden_from_ddp,
+    leaves_registered,
+    made_compact,
+    replacements_followed,
+    rest_frozen,
+)
 from sparseft.compact.selection import Selection
 from sparseft.entries import SelectedEntries, entries_of
 from sparseft.mask import Mask
@@ -108,6 +114,7 @@ class CompactGradients:
             undo.enter_context(leaves_registered(self._model, self.entries, required))
             undo.enter_context(hidden_from_ddp(self._model, self.entries))
             undo.enter_context(stepping.following(self._model, self.entries))
+            undo.enter_context(replacements_followed(self._model, self._mask, self.entries))
             undo.enter_context(_registered(self))
             self._undo = undo.pop_all()
         _made[self._model] = self._mask, self._values, self.entries

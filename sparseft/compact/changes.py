@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import weakref
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from sparseft.compact.parameter import CompactParameter
 from sparseft.compact.selection import Selection
@@ -23,19 +25,23 @@ _PREFIX = "selected/"  # of the leaves' names: they have no dots, and no other p
 @contextlib.contextmanager
 def rest_frozen(model: nn.Module, mask: Mask) -> Iterator[None]:
     """Freeze what the mask leaves out; put gradients aside but for those of parameters that train whole."""
-    before = [(p, p.requires_grad, p.grad) for name, p in model.named_parameters() if name not in mask.dense]
+    before = {name: (p, p.requires_grad, p.grad) for name, p in model.named_parameters() if name not in mask.dense}
     mask.freeze_rest(model)
-    for parameter, _, _ in before:
+    for parameter, _, _ in before.values():
         parameter.grad = None
     try:
         yield
     finally:
-        for each in before:
-            _put_back(*each)
+        now = dict(model.named_parameters())
+        for name, (parameter, required, grad) in before.items():
+            # what the mask leaves out may have been replaced; what it selects was not frozen here
+            if name not in mask:
+                parameter.requires_grad_(required)
+                now.get(name, parameter).requires_grad_(required)
+            _put_back(parameter, grad)
 
 
-def _put_back(parameter: nn.Parameter, required: bool, grad: torch.Tensor | None) -> None:
-    parameter.requires_grad_(required)
+def _put_back(parameter: nn.Parameter, grad: torch.Tensor | None) -> None:
     # a parameter that was resized or converted since cannot have its gradient of before
     if grad is None or (grad.shape, grad.dtype, grad.device) == (parameter.shape, parameter.dtype, parameter.device):
         parameter.grad = grad
@@ -48,15 +54,20 @@ def made_compact(parameter: nn.Parameter, selection: Selection) -> Iterator[None
     It goes on requiring gradients: what is done where no `__torch_function__` is asked, as in an autograd.Function of
     somebody else, finds a parameter like any other, and leaves a dense gradient, which is gathered and freed.
     """
+    # torch.utils.swap_tensors, which would exchange classes and attributes too, refuses tensors with weak references
+    referenced = weakref.ref(parameter), weakref.ref(selection.entries)
+    required = parameter.requires_grad
+    # only what requires gradients takes the hook; it may do so later
+    handle = parameter.requires_grad_().register_post_accumulate_grad_hook(_gather_gradient)
+    parameter.requires_grad_(required)
     parameter.__class__ = CompactParameter
     parameter.selection = selection  # type: ignore[attr-defined]
     parameter.selected_entries = selection.entries  # type: ignore[attr-defined]
-    handle = parameter.register_post_accumulate_grad_hook(_gather_gradient)
     try:
         yield
     finally:
         handle.remove()
-        del parameter.selection, parameter.selected_entries  # type: ignore[attr-defined]
+        del referenced, parameter.selection, parameter.selected_entries  # type: ignore[attr-defined]
         parameter.__class__ = nn.Parameter
 
 
@@ -124,12 +135,61 @@ def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: 
 def _keep(module: nn.Module, state_dict: dict[str, Any], prefix: str, *rest: Any) -> None:
     """Have a module load the leaves it has, as they are."""
     for name, leaf in _leaves(module).items():
-        state_dict[prefix + name] = leaf.detach()
+        state_dict[prefix + name] = leaf
 
 
 def _follow(module: nn.Module, incompatible: Any) -> None:
     """Take over the weights that were loaded, which are all there when the last module has its own."""
     refresh(list(_leaves(module).values()))
+
+
+@contextlib.contextmanager
+def replacements_followed(model: nn.Module, mask: Mask, entries: Mapping[str, SelectedEntries]) -> Iterator[None]:
+    """Have what trains take the memory of a parameter that is registered in its place, and stay.
+
+    Loading with `assign=True` and `module.weight = nn.Parameter(...)` then change what a parameter holds, and neither
+    the parameter nor the leaf, which optimizers have.
+    """
+    trained = {name: p for name, p in model.named_parameters() if name in mask or name in mask.dense}
+
+    def follow(module: nn.Module, key: str, new: nn.Parameter) -> nn.Parameter | None:
+        registered = module._parameters.get(key)
+        for name, old in trained.items():
+            if old is registered and old is not new:
+                _check_replacement(model, name, old, new)
+                old.data = new.data
+                old.requires_grad_(new.requires_grad)
+                torch.autograd.graph.increment_version(old)
+                refresh([entries[name]] if name in entries else [])
+                return old
+        return None
+
+    handle = register_module_parameter_registration_hook(follow)  # type: ignore[arg-type]
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _check_replacement(model: nn.Module, name: str, old: nn.Parameter, new: nn.Parameter) -> None:
+    """Raise unless a parameter can go on with the memory of another."""
+    remedy = "copy into it, load without assign=True, or leave compact_gradients before that"
+    if type(new) is not nn.Parameter:
+        raise RuntimeError(
+            f"{name} trains in compact_gradients and can be replaced by a plain parameter only, got "
+            f"{type(new).__name__}; {remedy}"
+        )
+    if (new.dtype, new.shape, new.device) != (old.dtype, old.shape, old.device) or not new.is_contiguous():
+        raise RuntimeError(
+            f"{name} trains in compact_gradients and can be replaced by a contiguous {old.dtype} {list(old.shape)} on "
+            f"{old.device} only, got {new.dtype} {list(new.shape)} on {new.device}, strides {new.stride()}; {remedy}"
+        )
+    address = new.untyped_storage().data_ptr()
+    for other, parameter in model.named_parameters():
+        if parameter is not old and address and parameter.untyped_storage().data_ptr() == address:
+            raise RuntimeError(
+                f"{name} trains in compact_gradients and its replacement shares memory with {other}; {remedy}"
+            )
 
 
 class _Copier:
