@@ -36,6 +36,7 @@ def compact_gradients(model: nn.Module, mask: Mask, *, values: bool = True) -> C
     Linear layers, transformers' Conv1D and embeddings compute no more than what is selected. For other parameters one
     dense gradient at a time is made, gathered and freed. What the mask leaves out is frozen. On leaving, the model is
     as before but for its weights. Entered again with an equal mask, it has the same leaves: an optimizer goes on.
+    A selected parameter that is frozen stops training, and stays frozen on leaving; unfrozen, it goes on.
 
     Args:
         model: fp32, bf16 or fp16; already on its device, not yet wrapped by DDP or compiled.
@@ -102,6 +103,7 @@ class CompactGradients:
             for name, parameter in parameters.items():
                 if name in self.entries:
                     stepping.refresh([self.entries[name]])
+                    self.entries[name].requires_grad_(parameter.requires_grad)
                 else:
                     self.entries[name] = SelectedEntries(
                         parameter, self._mask.index_list(name).to(parameter.device), self._values
@@ -174,7 +176,7 @@ def _check_parameters(
                 f"{name} must be contiguous and fp32, bf16 or fp16, got {parameter.dtype} {parameter.stride()}; "
                 "leave it out of the mask"
             )
-        if not parameter.requires_grad:
+        if not parameter.requires_grad and name not in entries:
             raise ValueError(
                 f"{name} has selected entries but is frozen (requires_grad=False); unfreeze it or select again"
             )

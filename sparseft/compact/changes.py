@@ -112,7 +112,8 @@ def leaves_registered(
         owner.register_load_state_dict_pre_hook(_keep),
         owner.register_load_state_dict_post_hook(_follow),
     ]
-    model.__deepcopy__ = _Copier(model, owner, dict(required))  # type: ignore[assignment, operator, unused-ignore]
+    rest = {name: flag for name, flag in required.items() if name not in entries}
+    model.__deepcopy__ = _Copier(model, owner, rest)  # type: ignore[assignment, operator, unused-ignore]
     try:
         yield
     finally:
@@ -193,7 +194,7 @@ def _check_replacement(model: nn.Module, name: str, old: nn.Parameter, new: nn.P
 
 
 class _Copier:
-    """Deep copies a model as it was before: without leaves, nothing frozen.
+    """Deep copies a model as it was before: without leaves, nothing frozen but what is selected and was frozen since.
 
     A model has it as its `__deepcopy__`, which is where `copy.deepcopy` looks.
     """
@@ -212,7 +213,7 @@ class _Copier:
             model.__deepcopy__ = self  # type: ignore[assignment, operator, unused-ignore]
             owner._parameters.update(leaves)
         for name, parameter in copied.named_parameters():
-            parameter.requires_grad_(self._required[name])
+            parameter.requires_grad_(self._required.get(name, parameter.requires_grad))
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:

@@ -34,6 +34,7 @@ def _about_tensors() -> Iterator[Callable[..., Any]]:
 
 
 _PLAIN = frozenset(_about_tensors())
+_FREEZING = frozenset((Tensor.requires_grad_, Tensor.requires_grad.__set__))  # type: ignore[attr-defined]
 _IN_PLACE = frozenset(getattr(Tensor, name) for name in dir(Tensor) if name.endswith("_") and not name.endswith("__"))
 
 
@@ -41,7 +42,7 @@ class CompactParameter(nn.Parameter):
     """A parameter while its gradients are compact: operations on it pass gradients to a leaf of its selected entries.
 
     An instance is an ordinary parameter whose class was changed, so that everybody who holds it sees the change, and
-    changes back. It is frozen itself.
+    changes back. Freezing it freezes the leaf, and unfreezing it unfreezes the leaf.
     """
 
     selection: Selection
@@ -61,6 +62,8 @@ class CompactParameter(nn.Parameter):
                 if not plain:
                     _bring_up_to_date(args)
                     _bring_up_to_date(kwargs.values())
+                elif func in _FREEZING:
+                    return _freeze(func, *args, **kwargs)
             if torch.is_grad_enabled():
                 rule = RULES.get(func)
                 result = None if rule is None else rule(*args, **kwargs)
@@ -73,12 +76,18 @@ class CompactParameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         """Copy the parameter as it was before, gradients and all."""
         if id(self) not in memo:
-            memo[id(self)] = nn.Parameter(self.detach().clone())
+            memo[id(self)] = nn.Parameter(self.detach().clone(), self.requires_grad)
         copied: nn.Parameter = memo[id(self)]
         return copied
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.detach()).__reduce_ex__(protocol)
+        return nn.Parameter(self.detach(), self.requires_grad).__reduce_ex__(protocol)
+
+
+def _freeze(func: Callable[..., Any], parameter: CompactParameter, *args: Any, **kwargs: Any) -> Any:
+    result = func(parameter, *args, **kwargs)
+    parameter.selected_entries.requires_grad_(parameter.requires_grad)
+    return result
 
 
 def _bring_up_to_date(values: Iterable[Any]) -> None:

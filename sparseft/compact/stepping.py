@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -51,6 +52,7 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
             _check(leaf)
     if not leaves:
         _check_not_behind(params)
+    _warn_of_frozen(leaves)
     # what was changed by hand since the last step or forward pass, as sharpness-aware steps do
     write_changed(leaves)
     if leaves and not _writes(optimizer):
@@ -145,4 +147,17 @@ def _check(leaf: SelectedEntries) -> None:
         raise RuntimeError(
             f"{name} was {was} and is {is_now}, its leaf on {leaf.device}: it was moved, resized or converted while "
             "its gradients were compact; leave compact_gradients before that"
+        )
+
+
+def _warn_of_frozen(leaves: Sequence[SelectedEntries]) -> None:
+    """Warn of leaves that do not train although their weights do."""
+    places = (leaf.place for leaf in leaves if not leaf.requires_grad and leaf.dense.requires_grad)
+    names = [place[1] for place in places if place is not None]
+    if names:
+        warnings.warn(
+            f"selected entries of {len(names)} parameters, {names[0]} the first, are frozen and their parameters are "
+            "not; freeze and unfreeze parameters: their selected entries follow, which the last module's parameters() "
+            "has for the whole model",
+            stacklevel=5,
         )
