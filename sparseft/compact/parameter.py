@@ -65,12 +65,14 @@ class CompactParameter(nn.Parameter):
                 elif func in _FREEZING:
                     return _freeze(func, *args, **kwargs)
             if torch.is_grad_enabled():
-                rule = RULES.get(func)
+                transformed = torch._C._are_functorch_transforms_active()
+                rule = None if transformed else RULES.get(func)
                 result = None if rule is None else rule(*args, **kwargs)
                 if result is not None:
                     return result
                 if not plain:
-                    args, kwargs = _tied(args), _tied(kwargs)
+                    tie = _composed if transformed else Selection.tied
+                    args, kwargs = _tied(args, tie), _tied(kwargs, tie)
             return func(*args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
@@ -99,13 +101,21 @@ def _bring_up_to_date(values: Iterable[Any]) -> None:
             _bring_up_to_date(value)
 
 
-def _tied(value: Any) -> Any:
+def _tied(value: Any, tie: Callable[[Selection, CompactParameter], Tensor]) -> Any:
     """Return arguments, with every compact parameter replaced by a tensor whose gradient reaches the leaf."""
     if isinstance(value, CompactParameter):
-        return value.selection.tied(value)
+        return tie(value.selection, value)
     if isinstance(value, (list, tuple)):
-        items = [_tied(item) for item in value]
+        items = [_tied(item, tie) for item in value]
         return type(value)(items) if type(value) in (list, tuple) else type(value)(*items)
     if type(value) is dict:
-        return {key: _tied(item) for key, item in value.items()}
+        return {key: _tied(item, tie) for key, item in value.items()}
     return value
+
+
+def _composed(selection: Selection, parameter: Tensor) -> Tensor:
+    """Return a parameter as a function of its leaf, in operations that every transform of `torch.func` knows."""
+    leaf = selection.entries
+    values, at = parameter.detach().reshape(-1), (leaf.positions.long(),)
+    moved = values[at] + (leaf - leaf.detach()).to(values.dtype)
+    return values.index_put(at, moved).view(parameter.shape)
