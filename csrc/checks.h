@@ -56,6 +56,8 @@ inline const char* dtype_name(ScalarType dtype) {
             return "int32";
         case ScalarType::Long:
             return "int64";
+        case ScalarType::Short:
+            return "int16";
         case ScalarType::Byte:
             return "uint8";
         case ScalarType::Bool:
@@ -67,13 +69,14 @@ inline const char* dtype_name(ScalarType dtype) {
 
 inline const std::initializer_list<ScalarType> kFloatTypes = {ScalarType::Float, ScalarType::BFloat16,
                                                               ScalarType::Half};
-inline const std::initializer_list<ScalarType> kIndexTypes = {ScalarType::Int, ScalarType::Long};
+inline const std::initializer_list<ScalarType> kPositionTypes = {ScalarType::Int, ScalarType::Long};
 
 // What Tensor::scalar_type() returns. That one compares with a dozen dtypes, by a call of libtorch for each.
 inline ScalarType dtype_of(const Tensor& tensor) {
     int32_t code = 0;
     TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(tensor.get(), &code));
     if (code == aoti_torch_dtype_float32()) return ScalarType::Float;
+    if (code == aoti_torch_dtype_int16()) return ScalarType::Short;
     if (code == aoti_torch_dtype_int32()) return ScalarType::Int;
     if (code == aoti_torch_dtype_bfloat16()) return ScalarType::BFloat16;
     return tensor.scalar_type();

@@ -6,7 +6,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "update_rules.h"
+#include "host_device.h"
 
 namespace sparseft {
 

@@ -5,11 +5,7 @@
 
 #include <cmath>
 
-#ifdef __CUDACC__
-#define SPARSEFT_HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define SPARSEFT_HOST_DEVICE inline __attribute__((always_inline))
-#endif
+#include "host_device.h"
 
 namespace sparseft {
 

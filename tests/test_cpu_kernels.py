@@ -158,7 +158,7 @@ def test_one_bad_index_anywhere_in_a_long_list_is_found_before_the_first_write(o
         (0, torch.zeros(4, 10).T, r"params\[0\] must be contiguous"),
         (0, torch.zeros(40, dtype=torch.float64), r"params\[0\] must be float32 or bfloat16 or float16, got float64"),
         (1, torch.zeros(7), r"grads\[0\] must have the 40 elements .* or the 2 of its indices, got 7"),
-        (2, torch.tensor([0.0, 1.0]), r"indices\[0\] must be int32 or int64, got float32"),
+        (2, torch.tensor([0.0, 1.0]), r"indices\[0\] must be int32 or int64 or int16, got float32"),
         (3, torch.zeros(3), r"exp_avgs\[0\] must have 2 elements, .*got 3"),
         (4, torch.zeros(2).half(), r"exp_avg_sqs\[0\] must be float32, got float16"),
         (6, torch.tensor(1), r"steps\[0\] must be float32, got int64"),

@@ -10,9 +10,9 @@
 namespace sparseft {
 
 // Fill `random` with the random bits of n positions.
-template <class Index>
-SPARSEFT_SIMD void fill_random(const Index* __restrict indices, int64_t n, uint32_t key, uint32_t* __restrict random) {
-    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, indices[i]);
+inline SPARSEFT_SIMD void fill_random(const int64_t* __restrict positions, int64_t n, uint32_t key,
+                                      uint32_t* __restrict random) {
+    for (int64_t i = 0; i < n; ++i) random[i] = random_bits(key, positions[i]);
 }
 
 inline SPARSEFT_SIMD void round_to_bfloat16(const uint32_t* __restrict random, int64_t n, float* __restrict values) {

@@ -17,7 +17,8 @@
 
 namespace sparseft {
 
-constexpr int64_t kBlockEntries = 256;
+using StepEntries = BlockOf<ParameterStep>;
+
 constexpr int64_t kGrainEntries = 4096;  // below, a second thread costs more than it saves
 
 struct alignas(64) Block {
@@ -61,15 +62,22 @@ inline SPARSEFT_SIMD void prefer_master(const float* __restrict master, const fl
     for (int64_t i = 0; i < n; ++i) weight[i] = rounded[i] == weight[i] ? master[i] : weight[i];
 }
 
+inline int grad_size(const ParameterStep& p) { return p.grad_dtype == ScalarType::Float ? 4 : 2; }
+
 // Fill the block's weights and gradients, as fp32 and as the rule wants them.
-inline void load_block(const ParameterStep& p, int64_t begin, int64_t n, float divisor, Block& block) {
-    const int grad_size = p.grad_dtype == ScalarType::Float ? 4 : 2;
+inline void load_block(const StepEntries& entries, const StepEntries& ahead, float divisor, Block& block) {
+    const ParameterStep& p = *entries.item;
+    const ParameterStep& next = *ahead.item;
+    const int64_t begin = entries.begin, n = entries.n;
     const void* grad = block.stored_grad;
+    const Lines weights_ahead(next.at.data, next.at.element_size, ahead);
     if (p.compact_grad) {
-        grad = static_cast<const char*>(p.grad) + begin * grad_size;
-        gather_entries(p.at, begin, begin + n, block.stored);
+        grad = static_cast<const char*>(p.grad) + begin * grad_size(p);
+        gather_entries(entries, p.at.data, p.at.element_size, block.stored, weights_ahead);
     } else {
-        gather_two(p.at, begin, begin + n, block.stored, p.grad, grad_size, block.stored_grad);
+        const Lines grads_ahead(next.grad, grad_size(next), ahead);
+        gather_two(entries, p.at.data, p.at.element_size, block.stored, weights_ahead, p.grad, grad_size(p),
+                   block.stored_grad, next.compact_grad ? weights_ahead : grads_ahead);
     }
     widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
@@ -109,17 +117,20 @@ inline void round_weights(const ParameterStep& p, int64_t n, Block& block) {
     round_to_half(block.random, n, block.weight);
 }
 
-inline void store_weight(const ParameterStep& p, int64_t begin, int64_t n, Block& block) {
-    if (p.stochastic) round_weights(p, n, block);
-    narrow(p.dtype, block.weight, n, block.stored);
-    scatter_entries(p.at, begin, begin + n, block.stored);
-    if (p.master) std::memcpy(p.master + begin, block.weight, n * sizeof(float));
+inline void store_weight(const StepEntries& entries, Block& block) {
+    const ParameterStep& p = *entries.item;
+    if (p.stochastic) round_weights(p, entries.n, block);
+    narrow(p.dtype, block.weight, entries.n, block.stored);
+    scatter_entries(entries, p.at.data, p.at.element_size, block.stored);
+    if (p.master) std::memcpy(p.master + entries.begin, block.weight, entries.n * sizeof(float));
 }
 
 template <class Rule>
-void step_block(const ParameterStep& p, const typename Rule::Coefficients& coefficients, float divisor, int64_t begin,
-                int64_t n, Block& block) {
-    load_block(p, begin, n, divisor, block);
+void step_block(const typename Rule::Coefficients& coefficients, float divisor, const StepEntries& entries,
+                const StepEntries& ahead, Block& block) {
+    const ParameterStep& p = *entries.item;
+    const int64_t begin = entries.begin, n = entries.n;
+    load_block(entries, ahead, divisor, block);
     // a state that the options do not need is a dummy that stays in the block
     float* states[kMaxStates];
     for (int s = 0; s < kMaxStates; ++s) {
@@ -129,12 +140,9 @@ void step_block(const ParameterStep& p, const typename Rule::Coefficients& coeff
     const int coded = p.scales ? Rule::kStates : 0;
     for (int s = 0; s < coded; ++s) load_codes(p, s, begin, n, states[s]);
     update_block<Rule>(coefficients, n, block.grad, block.anchor, block.weight, states[0], states[1]);
-    if (p.stochastic || p.scales) {
-        const uint32_t key = random_key(p.seed, *p.count);
-        with_indices(p.at, [&](const auto* indices) { fill_random(indices + begin, n, key, block.random); });
-    }
+    if (p.stochastic || p.scales) fill_random(entries.positions, n, random_key(p.seed, *p.count), block.random);
     for (int s = 0; s < coded; ++s) store_codes(p, s, begin, n, block);
-    store_weight(p, begin, n, block);
+    store_weight(entries, block);
 }
 
 // Where optimizer_ops.h has a step done.
@@ -161,13 +169,12 @@ struct CpuOptimizer {
             std::memset(block.anchor, 0, sizeof block.anchor);
             float count = std::numeric_limits<float>::quiet_NaN();  // differs from every count
             typename Rule::Coefficients coefficients{};
-            for_each_piece([&](const Piece& piece) {
-                const ParameterStep& p = parameters[piece.tensor];
-                if (*p.count != count) {
-                    count = *p.count;
+            for_each_block(parameters, for_each_piece, [&](const StepEntries& entries, const StepEntries& ahead) {
+                if (*entries.item->count != count) {
+                    count = *entries.item->count;
                     coefficients = rule.coefficients(lr, count);
                 }
-                step_block<Rule>(p, coefficients, divisor, piece.begin, piece.end - piece.begin, block);
+                step_block<Rule>(coefficients, divisor, entries, ahead, block);
             });
         });
     }

@@ -35,11 +35,12 @@ void check_input(const char* name, const Tensor& tensor, const Tensor& left) {
 Tensor outer_at(const Tensor& left, const Tensor& right, const Tensor& indices) {
     check_input("left", left, left);
     check_input("right", right, left);
-    check_entries(Argument{"outer_at", "indices"}, indices, left.size(2) * right.size(2), left);
-    Tensor result = torch::stable::new_zeros(left, {left.size(0), indices.numel()}, ScalarType::Float);
+    check_dtype({"outer_at", "indices"}, indices, kPositionTypes);
+    const Selection at = matrix_entries("outer_at", indices, left.size(2) * right.size(2), left);
+    Tensor result = torch::stable::new_zeros(left, {left.size(0), at.k}, ScalarType::Float);
     if (result.numel() == 0 || left.numel() == 0) return result;
     const Samples left_samples = samples(left), right_samples = samples(right);
-    const Entries entries(indices, right.size(2));
+    const Entries entries(at, right.size(2));
     SampledProduct(left_samples, right_samples, entries, static_cast<float*>(result.data_ptr()))
         .add(left.size(0), left.size(1));
     return result;

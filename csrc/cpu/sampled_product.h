@@ -15,6 +15,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "check_indices.h"
+#include "positions.h"
 #include "simd.h"
 #include "transpose.h"
 
@@ -97,11 +98,14 @@ struct EntryPiece {
 // The chosen entries of a matrix, by pieces, and which of its columns they need.
 class Entries {
   public:
-    // indices: sorted and unique positions in a matrix of `columns` columns.
-    Entries(const Tensor& indices, int64_t columns)
-        : entries_(indices.numel()), needed_(ceil_div(columns, kFeatures), 0), costs_{0} {
-        dtype_of(indices) == ScalarType::Long ? read(static_cast<const int64_t*>(indices.data_ptr()), columns)
-                                              : read(static_cast<const int32_t*>(indices.data_ptr()), columns);
+    // at: in a matrix of `columns` columns.
+    Entries(const Selection& at, int64_t columns)
+        : entries_(at.k), needed_(ceil_div(columns, kFeatures), 0), costs_{0} {
+        int64_t row = 0;
+        for_each_position(at, 0, at.k, [&](int64_t j, int64_t position) {
+            if (position - row * columns >= columns) row = position / columns;
+            add(j, row, position - row * columns);
+        });
     }
 
     int64_t size() const { return static_cast<int64_t>(entries_.size()); }
@@ -118,21 +122,16 @@ class Entries {
     }
 
   private:
-    template <class Index>
-    void read(const Index* indices, int64_t columns) {
-        int64_t row = 0;
-        for (int64_t j = 0; j < size(); ++j) {
-            if (indices[j] - row * columns >= columns) row = indices[j] / columns;
-            const int64_t first_row = row / kFeatures * kFeatures, column = indices[j] - row * columns;
-            if (pieces_.empty() || pieces_.back().row != first_row || j - pieces_.back().begin == kPieceEntries) {
-                pieces_.push_back({first_row, j, j});
-                costs_.push_back(cost() + kFeatures);
-            }
-            ++pieces_.back().end;
-            ++costs_.back();
-            entries_[j] = {static_cast<int32_t>(row - first_row), static_cast<int32_t>(column)};
-            needed_[column / kFeatures] = 1;
+    void add(int64_t j, int64_t row, int64_t column) {
+        const int64_t first_row = row / kFeatures * kFeatures;
+        if (pieces_.empty() || pieces_.back().row != first_row || j - pieces_.back().begin == kPieceEntries) {
+            pieces_.push_back({first_row, j, j});
+            costs_.push_back(cost() + kFeatures);
         }
+        ++pieces_.back().end;
+        ++costs_.back();
+        entries_[j] = {static_cast<int32_t>(row - first_row), static_cast<int32_t>(column)};
+        needed_[column / kFeatures] = 1;
     }
 
     std::vector<Entry> entries_;
@@ -208,25 +207,16 @@ class SampledProduct {
     int64_t width_;
 };
 
-template <class Index>
-void check_entries(const Argument& argument, const Index* indices, int64_t k, int64_t numel) {
-    if (valid(indices, 0, k, numel)) return;
-    check(ascending(indices, k), argument, " must be sorted and unique; sort it and drop repeated entries");
-    fail(argument, " must be from 0 to ", numel - 1, ", inside the matrix, got ", indices[0], " to ", indices[k - 1],
-         "; use a mask made for this model");
-}
-
-// Fail unless the indices are sorted, unique positions in a matrix of `numel` entries.
-inline void check_entries(const Argument& argument, const Tensor& indices, int64_t numel, const Place& place) {
-    check_dtype(argument, indices, kIndexTypes);
-    check_contiguous(argument, indices);
-    check_device(argument, indices, place);
+// Check the index list of an op that works on one matrix of `numel` entries.
+inline Selection matrix_entries(const char* op, const Tensor& indices, int64_t numel, const Place& place) {
+    const Argument argument{op, "indices"};
+    const Selection at = select(argument, indices, numel, place);
     check(indices.dim() == 1, argument, " must be one list, got ", indices.dim(), " dimensions");
-    const int64_t k = indices.numel();
-    if (k == 0) return;
-    dtype_of(indices) == ScalarType::Long
-        ? check_entries(argument, static_cast<const int64_t*>(indices.data_ptr()), k, numel)
-        : check_entries(argument, static_cast<const int32_t*>(indices.data_ptr()), k, numel);
+    struct Matrix {
+        Selection at;
+    };
+    if (at.k > 0) check_indices(op, "the matrix", std::vector<Matrix>{{at}});
+    return at;
 }
 
 }  // namespace sparseft

@@ -3,7 +3,6 @@
 // Up to a density of kDensest entries are products of their own. Above, whole tiles of the weight's gradient cost
 // less: one at a time goes into a buffer of the thread, from which the selected entries are taken.
 #include <algorithm>
-#include <optional>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -33,20 +32,16 @@ Samples one_sample(const Tensor& tensor) {
 }
 
 // Add the selected entries of a tile of the gradient, `product` [tile.rows(), tile.columns()], to grad.
-template <class Index>
-void add_entries(const Tile& tile, const float* product, const Index* indices, int64_t k, int64_t columns,
-                 float* grad) {
-    const Index* const end = indices + k;
+void add_entries(const Tile& tile, const float* product, const Selection& at, int64_t columns, float* grad) {
     for (int64_t row = tile.row_begin; row < tile.row_end; ++row, product += tile.columns()) {
         const int64_t first = row * columns + tile.column_begin, last = row * columns + tile.column_end;
-        for (const Index* j = std::lower_bound(indices, end, first); j < end && *j < last; ++j) {
-            grad[j - indices] += product[*j - first];
-        }
+        for_each_position(at, first_from(at, first), first_from(at, last),
+                          [&](int64_t j, int64_t position) { grad[j] += product[position - first]; });
     }
 }
 
-void add_by_tiles(const Samples& x, const Samples& dy, const Tensor& indices, float* grad) {
-    const int64_t rows = dy.first.columns, columns = x.first.columns, tokens = x.first.rows, k = indices.numel();
+void add_by_tiles(const Samples& x, const Samples& dy, const Selection& at, float* grad) {
+    const int64_t rows = dy.first.columns, columns = x.first.columns, tokens = x.first.rows;
     const std::vector<Tile> all = tiles(rows, columns, kTokensAtOnce, torch::stable::get_num_threads());
     torch::stable::parallel_for(0, static_cast<int64_t>(all.size()), 1, [&](int64_t begin, int64_t end) {
         Packed packed;
@@ -61,9 +56,7 @@ void add_by_tiles(const Samples& x, const Samples& dy, const Tensor& indices, fl
                 add_tile({0, tile.rows(), 0, tile.columns()}, packed, outer_product().add, 1, product.data(),
                          tile.columns());
             }
-            dtype_of(indices) == ScalarType::Long
-                ? add_entries(tile, product.data(), static_cast<const int64_t*>(indices.data_ptr()), k, columns, grad)
-                : add_entries(tile, product.data(), static_cast<const int32_t*>(indices.data_ptr()), k, columns, grad);
+            add_entries(tile, product.data(), at, columns, grad);
         }
     });
 }
@@ -79,23 +72,20 @@ void check_input(const char* name, const Tensor& tensor, const Tensor& x, const 
           dtype_name(x.scalar_type()), ", got ", dtype_name(tensor.scalar_type()), "; convert it with .to()");
 }
 
-// The plan is for GPUs; here the entries are read in a fraction of the time that multiplying them takes.
-void selected_grad_(const Tensor& grad, const Tensor& x, const Tensor& dy, const Tensor& indices,
-                    const std::optional<Tensor>&) {
+void selected_grad_(const Tensor& grad, const Tensor& x, const Tensor& dy, const Tensor& indices) {
     const Place place(grad);
     check_input("x", x, x, place);
     check_input("dy", dy, x, place);
-    check_entries(Argument{kOp, "indices"}, indices, dy.size(1) * x.size(1), place);
+    const Selection at = matrix_entries(kOp, indices, dy.size(1) * x.size(1), place);
     const Argument argument{kOp, "grad"};
     check_dtype(argument, grad, {ScalarType::Float});
-    check_numel(argument, grad, indices.numel(), "one for each of indices");
+    check_numel(argument, grad, at.k, "one for each of indices");
     check_contiguous(argument, grad);
-    if (grad.numel() == 0 || x.numel() == 0) return;
+    if (at.k == 0 || x.numel() == 0) return;
     const Samples left = one_sample(dy), right = one_sample(x);
     float* const out = static_cast<float*>(grad.data_ptr());
-    const double density = static_cast<double>(grad.numel()) / (dy.size(1) * x.size(1));
-    if (density > kDensest) return add_by_tiles(right, left, indices, out);
-    const Entries entries(indices, x.size(1));
+    if (static_cast<double>(at.k) / at.numel > kDensest) return add_by_tiles(right, left, at, out);
+    const Entries entries(at, x.size(1));
     SampledProduct(left, right, entries, out).add(1, x.size(0));
 }
 

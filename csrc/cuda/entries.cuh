@@ -13,8 +13,9 @@ template <bool kSwap, class Bits>
 __device__ __forceinline__ void move_entries(const Exchange& exchange, const Chunk& chunk) {
     Bits* const data = static_cast<Bits*>(exchange.at.data);
     Bits* const values = static_cast<Bits*>(exchange.values);
+    const Positions position(exchange.at, chunk);
     for (int64_t i = chunk.begin + threadIdx.x; i < chunk.end; i += kThreads) {
-        const int64_t where = position(exchange.at, i);
+        const int64_t where = position(i);
         const Bits entry = data[where];
         if constexpr (kSwap) data[where] = values[i];
         values[i] = entry;

@@ -56,13 +56,59 @@ __device__ __forceinline__ Chunk chunk_of_block(const Table<Item>& table) {
     return {low, begin, begin + kEntriesPerBlock < k ? begin + kEntriesPerBlock : k};
 }
 
-// The position of selected entry i. One outside the tensor stops the kernel: it would write into foreign memory.
-__device__ __forceinline__ int64_t position(const Selection& at, int64_t i) {
-    const int64_t result =
-        at.wide_indices ? static_cast<const int64_t*>(at.indices)[i] : static_cast<const int32_t*>(at.indices)[i];
-    if (result < 0 || result >= at.numel) __trap();
-    return result;
+// How many of n sorted numbers are at most i. All threads of a block search together: one alone would wait for memory
+// a dozen times in a row.
+__device__ __forceinline__ int64_t count_up_to(const int32_t* sorted, int64_t n, int64_t i) {
+    int64_t low = 0, high = n;
+    while (low < high) {
+        const int64_t step = (high - low + kThreads - 1) / kThreads, probe = low + threadIdx.x * step;
+        const int64_t found = __syncthreads_count(probe < high && sorted[probe] <= i);
+        const int64_t above = low + found * step;
+        if (found > 0) low = above - step + 1;
+        if (above < high) high = above;
+    }
+    return low;
 }
+
+// Where the selected entries of a chunk are. All threads of a block make one together.
+class Positions {
+  public:
+    __device__ __forceinline__ Positions(const Selection& at, const Chunk& chunk) : at_(at) {
+        if (at.form != IndexForm::kPacked) return;
+        const PackedList list = packed_list(at);
+        first_block_ = count_up_to(list.starts + 1, list.blocks - 1, chunk.begin);
+        const int32_t* const behind = list.starts + 1 + first_block_;
+        last_block_ = first_block_ + count_up_to(behind, list.blocks - 1 - first_block_, chunk.end - 1);
+    }
+
+    // The position of entry i of the chunk. One outside the tensor stops the kernel: it would write into foreign
+    // memory.
+    __device__ __forceinline__ int64_t operator()(int64_t i) const {
+        const int64_t result = at_.form == IndexForm::kPacked  ? in_packed_list(i)
+                               : at_.form == IndexForm::kInt64 ? static_cast<const int64_t*>(at_.indices)[i]
+                                                               : static_cast<const int32_t*>(at_.indices)[i];
+        if (result < 0 || result >= at_.numel) __trap();
+        return result;
+    }
+
+  private:
+    __device__ __forceinline__ int64_t in_packed_list(int64_t i) const {
+        const PackedList list = packed_list(at_);
+        int64_t low = first_block_, high = last_block_;
+        while (low < high) {
+            const int64_t middle = (low + high + 1) / 2;
+            if (list.starts[middle] <= i) {
+                low = middle;
+            } else {
+                high = middle - 1;
+            }
+        }
+        return low * kPackBlock + list.offsets[i];
+    }
+
+    const Selection& at_;
+    int64_t first_block_ = 0, last_block_ = 0;
+};
 
 // Makes the tensors' device the current one while an op runs, and launches on its current stream.
 class Launcher {

@@ -79,11 +79,11 @@ __device__ __forceinline__ void store_code(const ParameterStep& p, int s, int64_
     static_cast<uint8_t*>(p.states[s])[i] = static_cast<uint8_t>(code);
 }
 
-// Update entry i. In 8 bits, all threads of a block come here together, some for an entry that others write.
+// Update entry i, which is at `where`. In 8 bits, all threads of a block come here together, some for an entry that
+// others write.
 template <class Rule, bool kLowBits>
 __device__ __forceinline__ void update_entry(const ParameterStep& p, const typename Rule::Coefficients& coefficients,
-                                             float divisor, uint32_t key, int64_t i, bool exists) {
-    const int64_t where = position(p.at, i);
+                                             float divisor, uint32_t key, int64_t i, int64_t where, bool exists) {
     const uint32_t grad_bits = load_bits(p.grad, p.grad_dtype, p.compact_grad ? i : where);
     const uint32_t weight_bits = load_bits(p.at.data, p.dtype, where);
     const float master = p.master ? p.master[i] : 0;
@@ -146,11 +146,13 @@ __global__ void __launch_bounds__(kThreads)
     const float scale = options.grad_scale ? *options.grad_scale : 1;
     const float divisor = options.maximize ? -scale : scale;
     const uint32_t key = random_key(p.seed, *p.count);
+    const Positions position(p.at, chunk);
     for (int64_t begin = chunk.begin; begin < chunk.end; begin += kThreads) {
         const int64_t i = begin + threadIdx.x;
         const bool exists = i < chunk.end;
         if (!kLowBits && !exists) break;
-        update_entry<Rule, kLowBits>(p, coefficients, divisor, key, exists ? i : chunk.end - 1, exists);
+        const int64_t entry = exists ? i : chunk.end - 1;
+        update_entry<Rule, kLowBits>(p, coefficients, divisor, key, entry, position(entry), exists);
     }
 }
 
