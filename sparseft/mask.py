@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files
-from sparseft.entries import SelectedEntries, entries_of
+from sparseft.entries import SelectedEntries, entries_of, is_leaf
 from sparseft.index_lists import PACKED, check_packed, count, index_dtype, positions, smallest
 
 _PREFIX = "indices."
@@ -209,7 +209,7 @@ class Mask(Mapping[str, Tensor]):
         """
         self.check(model)
         for name, parameter in model.named_parameters():
-            mine = name in self._indices or name in self.dense or isinstance(parameter, SelectedEntries)
+            mine = name in self._indices or name in self.dense or is_leaf(parameter)
             if not mine:
                 parameter.requires_grad_(False)
 

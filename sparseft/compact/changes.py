@@ -15,7 +15,7 @@ from torch.nn.modules.module import register_module_parameter_registration_hook
 from sparseft.compact.parameter import CompactParameter
 from sparseft.compact.selection import Selection
 from sparseft.compact.stepping import refresh
-from sparseft.entries import SelectedEntries, entries_of
+from sparseft.entries import SelectedEntries, entries_of, is_leaf
 from sparseft.mask import Mask
 
 _DDP_IGNORES = "_ddp_params_and_buffers_to_ignore"  # where DistributedDataParallel looks
@@ -125,7 +125,7 @@ def leaves_registered(
 
 
 def _leaves(module: nn.Module) -> dict[str, SelectedEntries]:
-    return {name: p for name, p in module._parameters.items() if isinstance(p, SelectedEntries)}
+    return {name: p for name, p in module._parameters.items() if is_leaf(p)}
 
 
 def _hide(module: nn.Module, state_dict: dict[str, Any], prefix: str, metadata: Any) -> None:

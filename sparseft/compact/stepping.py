@@ -17,7 +17,7 @@ from torch.optim.optimizer import (
 )
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
-from sparseft.entries import SelectedEntries, entries_of
+from sparseft.entries import SelectedEntries, entries_of, is_leaf
 
 # Of optimizers in the middle of a step, by id: the leaves that had gradients before it.
 _stepping: dict[int, list[SelectedEntries]] = {}
@@ -46,7 +46,7 @@ def _watch_optimizers() -> None:
 
 def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     params = [param for group in optimizer.param_groups for param in group["params"]]
-    leaves = [param for param in params if isinstance(param, SelectedEntries)]
+    leaves = [param for param in params if is_leaf(param)]
     with torch._C.DisableTorchFunctionSubclass():
         for leaf in leaves:
             _check(leaf)
@@ -65,7 +65,7 @@ def _after(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     if id(optimizer) in _stepping:
         # gradients may be freed in the step, or come about in it, in a closure
         params = (param for group in optimizer.param_groups for param in group["params"])
-        now = [param for param in params if isinstance(param, SelectedEntries) and param.grad is not None]
+        now = [param for param in params if is_leaf(param) and param.grad is not None]
         write(list({id(leaf): leaf for leaf in (*_stepping.pop(id(optimizer)), *now)}.values()))
 
 

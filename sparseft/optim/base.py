@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
-from sparseft.entries import SelectedEntries
+from sparseft.entries import is_leaf
 from sparseft.mask import Mask
 from sparseft.optim.clipping import divisor, gradient_norm
 from sparseft.optim.mask_change import Move, carry_leaf, members
@@ -130,7 +130,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         params = chain.from_iterable(group["params"] for group in self.param_groups)
         keys = chain.from_iterable(group["params"] for group in found["param_groups"])
         for key, param in zip(keys, params, strict=True):
-            if key in found["state"] and isinstance(param, SelectedEntries) and param.is_master:
+            if key in found["state"] and is_leaf(param) and param.is_master:
                 found["state"][key] = {**found["state"][key], "master": param.detach()}
         return found
 
@@ -162,7 +162,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         for key, param in zip(keys, params, strict=True):
             for name, value in state_dict["state"].get(key, {}).items():
                 self.state[param][name] = value.to(param.device, copy=True) if torch.is_tensor(value) else value
-            if isinstance(param, SelectedEntries) and param.is_master and "master" in self.state[param]:
+            if is_leaf(param) and param.is_master and "master" in self.state[param]:
                 take_master(param, self.state[param].pop("master"))
 
     @torch.no_grad()
@@ -212,8 +212,9 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Call the optimizer's op with what every optimizer shares; `first_place`: parameters in groups before."""
         params, device = found.params, found.params[0].device
         states = [self.state[param] for param in params]
-        for state, param, index, k in zip(states, params, found.indices, found.k, strict=True):
-            make_state(state, group, self._state_names(group), param, index, k)
+        names = self._state_names(group)
+        for state, param, index in zip(states, params, found.indices, strict=True):
+            make_state(state, group, names, param, index)
         lr, grad_scale = group["lr"], getattr(self, "grad_scale", None)
         if norm is not None and group["max_norm"] is not None:
             grad_scale = divisor(norm, group["max_norm"], grad_scale).to(device, non_blocking=True)
@@ -230,20 +231,17 @@ class SparseOptimizer(torch.optim.Optimizer):
             "grad_scale": grad_scale,
             "found_inf": getattr(self, "found_inf", None),
         }
-        masters = [_master(group, param, state) for param, state in zip(params, states, strict=True)]
-        if group["state_bits"] == 8 and self._state_names(group):
+        if group["state_bits"] == 8 and names:
             shared["scales"] = [state["scales"] for state in states]
         if group["rounding"] == "stochastic" or shared["scales"]:
             shared["seeds"] = [group["seed"] + first_place + place for place in found.places]
-        weights = [weight(param) for param in params]
-        plain = [
-            tensor.detach() if tensor is not param else param for tensor, param in zip(weights, params, strict=True)
-        ]
-        self._update(group, Step(plain, found.grads, found.indices, masters, states, shared))
-        torch.autograd.graph.increment_version({*params, *weights})
-        for param in params:
-            if isinstance(param, SelectedEntries):
-                param.mark_written()  # the op wrote both it and its weights
+        leaves = [param for param in params if is_leaf(param)]
+        weights = [weight(param).detach() for param in params] if leaves else params
+        masters = _masters(group, params, states)
+        self._update(group, Step(weights, found.grads, found.indices, masters, states, shared))
+        torch.autograd.graph.increment_version([*params, *(leaf.dense for leaf in leaves)])
+        for leaf in leaves:
+            leaf.mark_written()  # the op wrote both it and its weights
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
         """Return the names of the k-sized states an optimizer keeps."""
@@ -254,12 +252,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         raise NotImplementedError
 
 
-def _master(group: Mapping[str, Any], param: Tensor, state: Mapping[str, Tensor]) -> Tensor:
-    """Return the fp32 copy of a parameter's selected entries, an empty tensor if there is none."""
-    if isinstance(param, SelectedEntries) and param.has_values:
-        return param
-    none = _no_master(param.device)
-    return state.get("master", none) if group["rounding"] == "master" else none
+def _masters(group: Mapping[str, Any], params: list[Tensor], states: list[dict[str, Any]]) -> list[Tensor]:
+    """Return the fp32 copies of the parameters' selected entries, empty tensors where there are none."""
+    none, kept = _no_master(params[0].device), group["rounding"] == "master"
+    return [
+        param if is_leaf(param) and param.has_values else state.get("master", none) if kept else none
+        for param, state in zip(params, states, strict=True)
+    ]
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.entries import SelectedEntries
+from sparseft.entries import is_leaf
 from sparseft.mask import Mask
 from sparseft.optim.parameters import weight
 
@@ -90,7 +90,7 @@ def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -
 
 def carry_leaf(old: Tensor, new: Tensor, move: Move) -> None:
     """Give a leaf of selected entries the digits that another has of them and a 16-bit weight does not."""
-    if not (isinstance(old, SelectedEntries) and isinstance(new, SelectedEntries)):
+    if not (is_leaf(old) and is_leaf(new)):
         return
     if old is not new and old.is_master and new.is_master:
         kept = move.carry(old.detach(), new.detach().clone())

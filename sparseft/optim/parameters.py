@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sparseft.entries import SelectedEntries, entries_of
+from sparseft.entries import SelectedEntries, entries_of, is_leaf
 from sparseft.index_lists import count, index_dtype, positions
 from sparseft.mask import check_indices
 
@@ -23,7 +23,7 @@ _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 def weight(param: Tensor) -> Tensor:
     """Return the parameter whose weights a step changes: itself, but for a leaf."""
-    return param.dense if isinstance(param, SelectedEntries) else param
+    return param.dense if is_leaf(param) else param
 
 
 def values(param: Tensor, index: Tensor) -> Tensor:
@@ -50,17 +50,17 @@ def take_master(leaf: SelectedEntries, master: Tensor) -> None:
 
 @dataclasses.dataclass
 class Trained:
-    """The parameters of a group that have a gradient, the gradients, index lists, and places in the group.
-
-    Attributes:
-        k: how many entries each index list has.
-    """
+    """The parameters of a group that have a gradient, the gradients, index lists, and places in the group."""
 
     params: list[Tensor] = dataclasses.field(default_factory=list)
     grads: list[Tensor] = dataclasses.field(default_factory=list)
     indices: list[Tensor] = dataclasses.field(default_factory=list)
-    k: list[int] = dataclasses.field(default_factory=list)
     places: list[int] = dataclasses.field(default_factory=list)
+
+    @property
+    def k(self) -> list[int]:
+        """How many entries each index list has."""
+        return [entries(param, index) for param, index in zip(self.params, self.indices, strict=True)]
 
 
 def trained(group: Mapping[str, Any]) -> Trained:
@@ -72,9 +72,8 @@ def trained(group: Mapping[str, Any]) -> Trained:
             found.params.append(param)
             found.grads.append(grad)
             found.indices.append(index)
-            found.k.append(entries(param, index))
             found.places.append(place)
-        elif entries(param, index) and not param.requires_grad and entries_of(param) is None:
+        elif not param.requires_grad and entries_of(param) is None and entries(param, index):
             warnings.warn(
                 f"a parameter of shape {list(param.shape)} with {entries(param, index)} selected entries is frozen "
                 "(requires_grad=False) and does not train; unfreeze it, or select again without it",
@@ -98,7 +97,7 @@ def checked_indices(params: list[Tensor], indices: Sequence[Tensor | None] | Non
 
 
 def _checked_index(i: int, param: Tensor, index: Tensor | None) -> Tensor:
-    if isinstance(param, SelectedEntries):
+    if is_leaf(param):
         if index is not None and not _same(index, param):
             raise ValueError(
                 f"parameter {i} of the group is a leaf of compact gradients, whose entries are not those of its index "
@@ -128,7 +127,7 @@ def untie_copies(group: dict[str, Any], state: Mapping[Tensor, dict[str, Any]]) 
     """Have a group train the copies of leaves, which are tied to no weight: all of each."""
     for i, (param, index) in enumerate(zip(group["params"], group["indices"], strict=True)):
         # k positions, sorted and unique, that are all below k are all there are
-        if not isinstance(param, SelectedEntries) and not _fits(index, param):
+        if not is_leaf(param) and not _fits(index, param):
             group["indices"][i] = _checked_index(i, param, None)
             if "pretrained" in state.get(param, {}):
                 state[param]["pretrained"] = state[param]["pretrained"].to(param.dtype)

@@ -17,11 +17,11 @@ from sparseft.optim.parameters import entries, values
 
 
 def make_state(
-    state: dict[str, Any], group: Mapping[str, Any], names: Sequence[str], param: Tensor, index: Tensor, k: int
+    state: dict[str, Any], group: Mapping[str, Any], names: Sequence[str], param: Tensor, index: Tensor
 ) -> None:
     """Complete a parameter's state with what the options of its group need.
 
-    names: of the moments, at most two; the second one is a mean of squares; k: entries of the index list.
+    names: of the moments, at most two; the second one is a mean of squares.
     """
     if "step" not in state:
         state["step"] = torch.zeros((), dtype=torch.float32, device=param.device)
@@ -29,7 +29,12 @@ def make_state(
         state["master"] = values(param, index).float()
     if group["decay_to"] == "pretrained" and "pretrained" not in state:
         state["pretrained"] = values(param, index)
-    _make_moments(state, names, k, param.device, group["state_bits"])
+    if names and names[0] not in state:
+        state |= _new_moments(names, entries(param, index), param.device, group["state_bits"])
+    elif names and (group["state_bits"] == 8) != ("scales" in state):
+        moments = _in_fp32(state, names)
+        state.pop("scales", None)
+        state |= _in_8_bits(moments) if group["state_bits"] == 8 else moments
 
 
 def carried_state(
@@ -46,19 +51,12 @@ def carried_state(
     return carried | (_in_8_bits(moments) if "scales" in state else moments)
 
 
-def _make_moments(state: dict[str, Any], names: Sequence[str], k: int, device: torch.device, bits: int) -> None:
-    """Put moments of zero into a state where they are missing; turn those that are there into `bits`."""
-    if not names:
-        return
-    if names[0] not in state:
-        dtype = torch.uint8 if bits == 8 else torch.float32
-        state.update({name: torch.zeros(k, dtype=dtype, device=device) for name in names})
-        if bits == 8:
-            state["scales"] = torch.zeros(len(names), code_blocks(k), dtype=torch.float32, device=device)
-    elif (bits == 8) != ("scales" in state):
-        moments = _in_fp32(state, names)
-        state.pop("scales", None)
-        state.update(moments if bits == 32 else _in_8_bits(moments))
+def _new_moments(names: Sequence[str], k: int, device: torch.device, bits: int) -> dict[str, Tensor]:
+    dtype = torch.uint8 if bits == 8 else torch.float32
+    moments = {name: torch.zeros(k, dtype=dtype, device=device) for name in names}
+    if bits == 8:
+        moments["scales"] = torch.zeros(len(names), code_blocks(k), dtype=torch.float32, device=device)
+    return moments
 
 
 def _in_fp32(state: Mapping[str, Any], names: Sequence[str]) -> dict[str, Tensor]:
