@@ -26,7 +26,7 @@ struct alignas(64) Block {
     float grad[kBlockEntries];
     float anchor[kBlockEntries];  // what decay pulls to
     float states[kMaxStates][kBlockEntries];
-    float stored[kBlockEntries];  // weights as the tensor stores them, 16-bit ones in half the space
+    float stored[kBlockEntries];  // 16-bit weights as the tensor stores them, in half the space
     float stored_grad[kBlockEntries];
     float rounded[kBlockEntries];
     uint32_t random[kBlockEntries];
@@ -69,19 +69,22 @@ inline void load_block(const StepEntries& entries, const StepEntries& ahead, flo
     const ParameterStep& p = *entries.item;
     const ParameterStep& next = *ahead.item;
     const int64_t begin = entries.begin, n = entries.n;
-    const void* grad = block.stored_grad;
+    // fp32 is gathered to where it is wanted
+    void* const weight = p.dtype == ScalarType::Float ? block.weight : block.stored;
+    void* const gathered = p.grad_dtype == ScalarType::Float ? block.grad : block.stored_grad;
+    const void* grad = gathered;
     const Lines weights_ahead(next.at.data, next.at.element_size, ahead);
     if (p.compact_grad) {
         grad = static_cast<const char*>(p.grad) + begin * grad_size(p);
-        gather_entries(entries, p.at.data, p.at.element_size, block.stored, weights_ahead);
+        gather_entries(entries, p.at.data, p.at.element_size, weight, weights_ahead);
     } else {
         const Lines grads_ahead(next.grad, grad_size(next), ahead);
-        gather_two(entries, p.at.data, p.at.element_size, block.stored, weights_ahead, p.grad, grad_size(p),
-                   block.stored_grad, next.compact_grad ? weights_ahead : grads_ahead);
+        gather_two(entries, p.at.data, p.at.element_size, weight, weights_ahead, p.grad, grad_size(p), gathered,
+                   next.compact_grad ? weights_ahead : grads_ahead);
     }
-    widen(p.grad_dtype, grad, n, block.grad);
+    if (grad != block.grad) widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
-    widen(p.dtype, block.stored, n, block.weight);
+    if (weight != block.weight) widen(p.dtype, weight, n, block.weight);
     if (p.pretrained) {
         widen(p.dtype, static_cast<const char*>(p.pretrained) + begin * p.at.element_size, n, block.anchor);
     }
@@ -120,8 +123,9 @@ inline void round_weights(const ParameterStep& p, int64_t n, Block& block) {
 inline void store_weight(const StepEntries& entries, Block& block) {
     const ParameterStep& p = *entries.item;
     if (p.stochastic) round_weights(p, entries.n, block);
-    narrow(p.dtype, block.weight, entries.n, block.stored);
-    scatter_entries(entries, p.at.data, p.at.element_size, block.stored);
+    const bool wide = p.dtype == ScalarType::Float;
+    if (!wide) narrow(p.dtype, block.weight, entries.n, block.stored);
+    scatter_entries(entries, p.at.data, p.at.element_size, wide ? block.weight : block.stored);
     if (p.master) std::memcpy(p.master + entries.begin, block.weight, entries.n * sizeof(float));
 }
 
