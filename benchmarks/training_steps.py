@@ -6,7 +6,6 @@ documentation; their rank is the one whose number of weights is nearest to the d
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 
 import torch
@@ -119,14 +118,11 @@ def trained(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-@functools.cache
-def _names(model: nn.Module) -> list[str]:
-    return [f"{name}.weight" for name in linears(model)]
-
-
 def random_mask(model: nn.Module, density: float) -> sparseft.Mask:
     """Return a mask of random entries of the linear layers."""
-    return sparseft.select("random", model, density=density, include=_names(model), progress=False)
+    return sparseft.select(
+        "random", model, density=density, include=[f"{each}.weight" for each in linears(model)], progress=False
+    )
 
 
 def _peft(model: nn.Module, config: object) -> Step:
