@@ -27,6 +27,7 @@ CPU_SOURCES = [
     "csrc/cpu/selected_grad.cpp",
     "csrc/cpu/sgd.cpp",
     "csrc/cpu/topk.cpp",
+    "csrc/host/lazy_greedy.cpp",
 ]
 CUDA_SOURCES = [
     "csrc/cuda/adamw.cu",

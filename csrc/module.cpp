@@ -1,13 +1,17 @@
 // The extension module sparseft._C. Importing it, after torch, registers the ops with PyTorch's dispatcher.
+#include <stdexcept>
 #include <string>
 
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 #ifdef USE_CUDA
 #include <cuda_runtime_api.h>
 #endif
 #include <torch/headeronly/version.h>
 
 #include "cpu/outer_product.h"
+#include "host/lazy_greedy.h"
 
 namespace py = pybind11;
 
@@ -36,9 +40,36 @@ py::dict build_info() {
     return info;
 }
 
+template <class T>
+using Array = py::array_t<T, py::array::c_style>;
+
+py::tuple lazy_greedy(const Array<float>& similarity, const Array<float>& floor, const Array<float>& cap,
+                      const Array<double>& bonus, int64_t budget, bool stop_at_zero) {
+    if (similarity.ndim() != 2 || floor.size() != similarity.shape(1) || cap.size() != similarity.shape(1) ||
+        bonus.size() != similarity.shape(0)) {
+        throw std::invalid_argument(
+            "similarity must be [candidates, represented], floor and cap [represented] and bonus [candidates]");
+    }
+    const sparseft::Coverage function{similarity.data(), similarity.shape(0), similarity.shape(1),
+                                      floor.data(),      cap.data(),          bonus.data()};
+    const auto heed_interrupts = [] {
+        const py::gil_scoped_acquire held;
+        if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+    };
+    sparseft::Choice choice;
+    {
+        const py::gil_scoped_release released;
+        choice = sparseft::lazy_greedy(function, budget, stop_at_zero, heed_interrupts);
+    }
+    return py::make_tuple(choice.candidates, choice.gains, choice.evaluations);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled ops of sparseft: C++ for the CPU, CUDA C++ where the build had nvcc.";
     m.def("build_info", &build_info, "Say what was compiled, with what: a dict, shown by `sparseft doctor`.");
+    m.def("lazy_greedy", &lazy_greedy, py::arg("similarity").noconvert(), py::arg("floor").noconvert(),
+          py::arg("cap").noconvert(), py::arg("bonus").noconvert(), py::arg("budget"), py::arg("stop_at_zero"),
+          "Return (candidates, gains, evaluations): what csrc/host/lazy_greedy.h says, of NumPy arrays.");
 }
