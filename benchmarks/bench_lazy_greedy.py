@@ -9,8 +9,8 @@ import torch
 
 from sparseft import data
 
-# similarity of what, samples, how many of them are chosen; 30 % is what the method's paper keeps
-CASES = [("clusters", 5000, 1500), ("uniform noise", 5000, 1500)]
+# similarity of what, samples, how many of them are chosen
+CASES = [("clusters", 5000, 500), ("uniform noise", 5000, 500)]
 
 
 @pytest.mark.parametrize(("kind", "n", "budget"), CASES)

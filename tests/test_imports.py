@@ -32,7 +32,7 @@ MAY_CALL = {
     "selection": {"entries", "fisher", "mask", "ops", "reference"},
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},
-    "data": {"files", "fisher", "mask"},
+    "data": {"files", "fisher"},
 }
 LEAVES = {"integrations", "cli", "__init__"}
 FOREIGN = {"transformers", "datasets", "accelerate", "peft", "trl", "lightning"}

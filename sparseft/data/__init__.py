@@ -8,14 +8,19 @@ from sparseft.data.objectives import (
     QueryMutualInformation,
     nonnegative,
 )
+from sparseft.data.prompts import Prompts, Sample
+from sparseft.data.utility import utility_kernel
 
 __all__ = [
     "ConditionalGain",
     "FacilityLocation",
     "Greedy",
     "PoolMutualInformation",
+    "Prompts",
     "QueryMutualInformation",
+    "Sample",
     "lazy_greedy",
     "nonnegative",
     "plain_greedy",
+    "utility_kernel",
 ]

@@ -1,0 +1,153 @@
+"""How likely a model thinks responses after a shared prefix: the prefix is read once, and what it left is reused."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+
+from sparseft.data.prompts import Target
+
+Measure = Literal["distance", "likelihood"]
+
+
+class Reader:
+    """Reads prompts and responses, and measures how far the model is from the responses.
+
+    Args:
+        model: a causal language model; in evaluation mode, see `evaluation`.
+        measure: "distance": the root of the mean of (1 - p)^2 over the response's tokens, p their probabilities given
+            all before. "likelihood": the mean of -log p.
+        batch_tokens: the most tokens, of prefix and padding too, that are read at once, if more than one response is.
+        cache: keep keys and values of a prefix. If not, it is read again for every response.
+    """
+
+    def __init__(self, model: nn.Module, measure: Measure, batch_tokens: int, cache: bool) -> None:
+        if measure not in get_args(Measure):
+            raise ValueError(f"measure must be one of {', '.join(get_args(Measure))}, got {measure!r}")
+        if batch_tokens < 1:
+            raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
+        self._model, self._measure, self._batch_tokens, self._cache = model, measure, batch_tokens, cache
+        self._device = next(model.parameters()).device
+
+    def distances(self, prefix: list[int], targets: list[Target]) -> Tensor:
+        """Return how far the model is from each target's response after the prefix and its tail, fp64 [targets].
+
+        prefix: token ids, at least one.
+        """
+        found = torch.empty(len(targets), dtype=torch.float64)
+        past = self._read(prefix) if self._cache else None
+        for places in self._batches(len(prefix), targets):
+            batch = [targets[place] for place in places]
+            rows = self._logits([] if self._cache else prefix, batch, past)
+            skipped = 0 if self._cache else len(prefix)
+            found[places] = torch.stack(
+                [self._distance(row[skipped:], one) for row, one in zip(rows, batch, strict=True)]
+            ).cpu()
+        return found
+
+    def check(self, prefix: list[int], target: Target) -> None:
+        """Raise unless the model is causal, and its cache, if used, changes nothing."""
+        whole = self._logits(prefix, [target], None)[0]
+        first = len(prefix) + len(target.tail)
+        ended = self._model(input_ids=self._tensor([[*prefix, *target.tail]]), use_cache=False).logits[0]
+        if not _alike(ended, whole[:first]):
+            raise ValueError(
+                "the model must be a causal language model, but what it says of a token depends on later ones"
+            )
+        if self._cache:
+            kept = self._logits([], [target, target], self._read(prefix))
+            if not _alike(kept, whole[len(prefix) :].expand_as(kept)):
+                raise RuntimeError(
+                    "the model's cache must not change what it computes, but logits differ with it; pass cache=False "
+                    "to read the example again for every response"
+                )
+
+    def _read(self, prefix: list[int]) -> Any:
+        past = getattr(self._model(input_ids=self._tensor([prefix]), use_cache=True), "past_key_values", None)
+        if not hasattr(past, "batch_repeat_interleave"):
+            raise RuntimeError(
+                f"the model must return a cache that can be repeated for a batch, got {type(past).__name__}; pass "
+                "cache=False to read the example again for every response"
+            )
+        return past
+
+    def _batches(self, prefix: int, targets: list[Target]) -> Iterator[list[int]]:
+        """Yield places of targets of similar length that fit into a batch, longest first."""
+        order = sorted(range(len(targets)), key=lambda place: -targets[place].length)
+        start = 0
+        while start < len(order):
+            count = max(1, self._batch_tokens // (prefix + targets[order[start]].length))
+            yield order[start : start + count]
+            start += count
+
+    def _logits(self, prefix: list[int], batch: list[Target], past: Any) -> Tensor:
+        """Return the logits after a prefix, [batch, tokens, vocabulary]. Padding is last, where none sees it."""
+        rows = [[*prefix, *target.tail, *target.response] for target in batch]
+        longest = max(map(len, rows))
+        ids = self._tensor([row + [0] * (longest - len(row)) for row in rows])
+        if past is None:
+            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
+            return logits
+        past = copy.deepcopy(past)
+        past.batch_repeat_interleave(len(batch))
+        cached: Tensor = self._model(input_ids=ids, past_key_values=past, use_cache=True).logits
+        return cached
+
+    def _distance(self, logits: Tensor, target: Target) -> Tensor:
+        """Return one target's distance from its logits, [tokens, vocabulary]."""
+        start = len(target.tail) - 1
+        rows = logits[start : start + len(target.response)].float()
+        tokens = self._tensor(target.response)[:, None]
+        log_p = (rows.gather(1, tokens)[:, 0] - rows.logsumexp(1)).double()
+        return -log_p.mean() if self._measure == "likelihood" else log_p.expm1().square().mean().sqrt()
+
+    def _tensor(self, ids: Any) -> Tensor:
+        return torch.tensor(ids, device=self._device)
+
+
+def context_length(model: nn.Module) -> float:
+    """Return how many tokens a model takes; infinity if its configuration does not say."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config"):
+        config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None)
+    return length if isinstance(length, int) and length > 0 else math.inf
+
+
+def check_causal(model: nn.Module) -> None:
+    """Raise if a model says that it has an encoder, or has no parameter."""
+    config = getattr(model, "config", None)
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"the model must be a causal language model, got {type(model).__name__}, which has an encoder; "
+            "use embedding_kernel or fisher_kernel"
+        )
+    if next(model.parameters(), None) is None:
+        raise ValueError(f"the model must have parameters, got {type(model).__name__} without any")
+
+
+@contextmanager
+def evaluation(model: nn.Module) -> Iterator[None]:
+    """Put a model into evaluation mode, without gradients; each module's own flag is restored."""
+    training = [(module, module.training) for module in model.modules()]
+    try:
+        model.eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for module, flag in training:
+            module.training = flag
+
+
+def _alike(some: Tensor, others: Tensor) -> bool:
+    """Return whether logits differ by no more than rounding, which depends on the length of a sequence."""
+    centred = others.double() - others.double().mean(-1, keepdim=True)
+    difference = float((some.double() - others.double()).norm() / centred.norm())
+    # what is not finite is found, and named, where utilities are
+    return not difference > (1e-4 if others.dtype == torch.float32 else 0.1)
