@@ -35,7 +35,10 @@ class Coverage(NamedTuple):
 class Objective(Protocol):
     """A monotone submodular function of subsets of the candidates, which are the rows of a similarity."""
 
-    similarity: Tensor
+    @property
+    def similarity(self) -> Tensor:
+        """Return how well each candidate stands for each sample, fp32 [candidates, samples]."""
+        ...
 
     def value(self, subset: Sequence[int] | Tensor) -> float:
         """Return f of a subset, in fp64, from its definition."""
@@ -169,12 +172,14 @@ def nonnegative(*similarities: Tensor, how: str = "shift") -> list[Tensor]:
             better than a worse one. "clip" makes negative entries 0: an example that harms stands for nothing.
 
     Raises:
-        ValueError: an entry is not finite.
+        TypeError: one is not fp32.
+        ValueError: an entry is not finite, or there is none.
     """
     if how not in ("shift", "clip"):
         raise ValueError(f'how must be "shift" or "clip", got {how!r}')
     least = 0.0
     for similarity in similarities:
+        check_similarity("a kernel", similarity)
         lowest, highest = torch.aminmax(similarity)
         if not math.isfinite(lowest) or not math.isfinite(highest):
             raise ValueError("similarities must be finite, got NaN or infinities; leave out the samples they are of")

@@ -1,0 +1,117 @@
+"""DELIFT's three stages of fine-tuning: what is worth training on at first, for a task, and after earlier data.
+
+Each takes kernels, `kernel[c, r]` being how much example c helps with sample r: those of `utility_kernel`, which is
+the paper's, `embedding_kernel` or `fisher_kernel`. Source: arXiv 2411.04425.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import Tensor
+
+from sparseft.data.chosen import ChosenSamples, owners
+from sparseft.data.greedy import lazy_greedy
+from sparseft.data.objectives import (
+    ConditionalGain,
+    FacilityLocation,
+    Objective,
+    PoolMutualInformation,
+    QueryMutualInformation,
+    nonnegative,
+)
+
+Negative = Literal["shift", "clip"]
+
+
+def instruction_tuning(
+    kernel: Tensor, budget: int | float, *, negative: Negative = "shift", stop_at_zero: bool = False
+) -> ChosenSamples:
+    """Choose samples that stand for all: facility location.
+
+    Args:
+        kernel: fp32 [pool, pool].
+        budget: how many samples to choose, or a float in (0, 1], their share.
+        negative: what becomes of negative entries, see `nonnegative`.
+        stop_at_zero: choose fewer where no sample adds anything more.
+
+    Raises:
+        TypeError: a kernel that is not fp32.
+        ValueError: a kernel with NaN or without rows; a budget that cannot be met.
+    """
+    (similarity,) = nonnegative(kernel, how=negative)
+    options = {"negative": negative, "stop_at_zero": stop_at_zero}
+    return _chosen("instruction_tuning", FacilityLocation(similarity), kernel, budget, options)
+
+
+def task_specific(
+    kernel: Tensor,
+    budget: int | float,
+    *,
+    query: Tensor | None = None,
+    eta: float = 1.0,
+    negative: Negative = "shift",
+    stop_at_zero: bool = False,
+) -> ChosenSamples:
+    """Choose samples that help with a task: the mutual information of facility location with samples of the task.
+
+    There are two forms of it. The one over the queries asks how much the pool helps with the task, and takes as many
+    utilities as pool times task: it is the default. The one over the pool, which the published code has, asks how well
+    those of the pool are represented that the task stands for; it is used where `query` is given.
+
+    Args:
+        kernel: fp32 [pool, task]; with query [pool, pool].
+        budget: as for `instruction_tuning`.
+        query: fp32 [task, pool].
+        eta: over queries, the weight of being like the task whatever else is chosen; over the pool, how far samples
+            may count that are more like a chosen one than like the task.
+        negative: as for `instruction_tuning`; both kernels are shifted by the same.
+        stop_at_zero: as for `instruction_tuning`.
+
+    Raises:
+        TypeError: as for `instruction_tuning`.
+        ValueError: as for `instruction_tuning`; kernels that do not fit each other; a task without samples.
+    """
+    options = {"negative": negative, "stop_at_zero": stop_at_zero, "eta": eta}
+    if query is None:
+        (similarity,) = nonnegative(kernel, how=negative)
+        return _chosen("task_specific", QueryMutualInformation(similarity, eta), kernel, budget, options)
+    similarity, other = nonnegative(kernel, query, how=negative)
+    return _chosen("task_specific", PoolMutualInformation(similarity, other, eta), kernel, budget, options)
+
+
+def continual(
+    kernel: Tensor,
+    budget: int | float,
+    *,
+    known: Tensor,
+    nu: float = 1.0,
+    negative: Negative = "shift",
+    stop_at_zero: bool = False,
+) -> ChosenSamples:
+    """Choose samples that stand for what earlier data does not: the conditional gain of facility location.
+
+    Args:
+        kernel: fp32 [pool, pool].
+        budget: as for `instruction_tuning`.
+        known: fp32 [earlier samples, pool], how much these help with each of the pool.
+        nu: how strictly to keep away from what the earlier samples stand for.
+        negative: as for `instruction_tuning`; both kernels are shifted by the same.
+        stop_at_zero: as for `instruction_tuning`.
+
+    Raises:
+        TypeError: as for `instruction_tuning`.
+        ValueError: as for `instruction_tuning`; kernels that do not fit each other; no earlier samples.
+    """
+    similarity, other = nonnegative(kernel, known, how=negative)
+    options = {"negative": negative, "stop_at_zero": stop_at_zero, "nu": nu}
+    return _chosen("continual", ConditionalGain(similarity, other, nu), kernel, budget, options)
+
+
+def _chosen(
+    stage: str, objective: Objective, kernel: Tensor, budget: int | float, options: dict[str, Any]
+) -> ChosenSamples:
+    found = lazy_greedy(objective, budget, stop_at_zero=options["stop_at_zero"])
+    info = {"stage": stage, "objective": type(objective).__name__, "budget": budget, **options}
+    owner, worth = owners(objective.coverage(), found.indices)
+    return ChosenSamples.made(found, owner, worth, kernel, objective.value(found.indices), info)
