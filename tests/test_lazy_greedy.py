@@ -157,6 +157,7 @@ def test_a_budget_may_be_a_share():
     assert len(lazy_greedy(objective, 0.35).indices) == 3
     assert len(lazy_greedy(objective, 0.01).indices) == 1
     assert len(lazy_greedy(objective, 1.0).indices) == 10
+    assert len(lazy_greedy(FacilityLocation(torch.rand(100, 4)), 0.29).indices) == 29
 
 
 @pytest.mark.parametrize("budget", [0, 11, -1, 0.0, 1.5, math.nan])

@@ -91,7 +91,8 @@ def resolved(budget: int | float, candidates: int) -> int:
     if isinstance(budget, float):
         if not 0 < budget <= 1:
             raise ValueError(f"budget must lie in (0, 1] as a share, got {budget}; give a count as an int")
-        return max(1, math.floor(budget * candidates))
+        # a product like 0.29 * 100 falls just below its integer in binary
+        return max(1, math.floor(budget * candidates * (1 + 1e-12)))
     if not 1 <= budget <= candidates:
         raise ValueError(f"budget must be from 1 to the {candidates} candidates there are, got {budget}")
     return budget

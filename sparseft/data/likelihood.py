@@ -44,11 +44,11 @@ class Reader:
         past = self._read(prefix) if self._cache else None
         for places in self._batches(len(prefix), targets):
             batch = [targets[place] for place in places]
-            rows = self._logits([] if self._cache else prefix, batch, past)
-            skipped = 0 if self._cache else len(prefix)
-            found[places] = torch.stack(
-                [self._distance(row[skipped:], one) for row, one in zip(rows, batch, strict=True)]
-            ).cpu()
+            if past is None:
+                logits = self._logits(prefix, batch, None)[:, len(prefix) :]
+            else:
+                logits = self._logits([], batch, past)
+            found[places] = self._measured(logits, batch).cpu()
         return found
 
     def check(self, prefix: list[int], target: Target) -> None:
@@ -99,13 +99,21 @@ class Reader:
         cached: Tensor = self._model(input_ids=ids, past_key_values=past, use_cache=True).logits
         return cached
 
-    def _distance(self, logits: Tensor, target: Target) -> Tensor:
-        """Return one target's distance from its logits, [tokens, vocabulary]."""
-        start = len(target.tail) - 1
-        rows = logits[start : start + len(target.response)].float()
-        tokens = self._tensor(target.response)[:, None]
-        log_p = (rows.gather(1, tokens)[:, 0] - rows.logsumexp(1)).double()
-        return -log_p.mean() if self._measure == "likelihood" else log_p.expm1().square().mean().sqrt()
+    def _measured(self, logits: Tensor, batch: list[Target]) -> Tensor:
+        """Return the distances of targets, fp64 [batch], from logits at their tokens, [batch, tokens, vocabulary]."""
+        places = [
+            (row, len(target.tail) - 1 + step, step, token)
+            for row, target in enumerate(batch)
+            for step, token in enumerate(target.response)
+        ]
+        rows, positions, steps, tokens = self._tensor(places).T
+        lost = nn.functional.cross_entropy(logits[rows, positions].float(), tokens, reduction="none").double()
+        each = lost if self._measure == "likelihood" else lost.neg().expm1().square()
+        # not added at once into a sum for each target, whose order a GPU would not keep
+        padded = each.new_zeros(len(batch), max(len(target.response) for target in batch))
+        padded[rows, steps] = each
+        mean = padded.sum(1) / self._tensor([len(target.response) for target in batch])
+        return mean if self._measure == "likelihood" else mean.sqrt()
 
     def _tensor(self, ids: Any) -> Tensor:
         return torch.tensor(ids, device=self._device)
