@@ -99,6 +99,15 @@ def test_gradients_are_compared_by_their_cosine(squared):
     torch.testing.assert_close(fisher_kernel(model, slices, **options).diagonal(), torch.ones(5))
 
 
+def test_a_mask_says_where_gradients_are_compared():
+    model, batch = models.make("bert"), models.batch("bert", samples=4)
+    mask = sparseft.select("fish", model, [batch], density=0.02, progress=False)
+    rows = gradients(model, batch, dict(mask.items()))
+    wanted = torch.tensor([[(1 + cosine(a, b)) / 2 for b in rows] for a in rows])
+    got = fisher_kernel(model, [batch], indices=mask, progress=False)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
 def test_a_sample_without_a_gradient_is_named():
     model, batch = models.make("bert regression"), models.batch("bert regression", samples=4)
     batch["labels"][2] = torch.nan
