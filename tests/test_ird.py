@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+from fractions import Fraction
 
 import models
 import numpy as np
@@ -75,7 +76,13 @@ class Oracle:
         self.cells, self.chosen = [], 0
 
     def shares(self, k, sizes):
-        return {g: max(1, int(k * size)) for g, size in enumerate(sizes)} if sizes else {0: k}
+        if not sizes:
+            return {0: k}
+        exact = [Fraction(int(k * sum(sizes)) * size, sum(sizes)) for size in sizes]
+        shares = {g: int(share) for g, share in enumerate(exact)}
+        for g in sorted(shares, key=lambda g: shares[g] - exact[g])[: int(k * sum(sizes)) - sum(shares.values())]:
+            shares[g] += 1
+        return shares
 
     def count(self, entries):
         return {g: int((self.groups[entries] == g).sum()) for g in np.unique(self.groups)}
@@ -314,6 +321,14 @@ def test_length_normalisation_divides_by_the_tokens_of_a_sample():
     assert_same(path, oracle, model)
     plain = ird_search(model, [batch], k=100, samples=9, progress=False, **options)
     assert [cell.positions for cell in plain.cells] != [cell.positions for cell in path.cells]
+
+
+def test_groups_and_units_it_does_not_search_are_refused():
+    model, data = classifier(), batches()
+    with pytest.raises(ValueError, match="scope 'global' or 'tensor', got 'row'"):
+        sparseft.select("ird", model, data, 0.4, scope="row")
+    with pytest.raises(ValueError, match="leave per_group, structure and block out"):
+        sparseft.select("ird", model, data, 0.4, structure="row")
 
 
 def test_each_parameter_by_itself():

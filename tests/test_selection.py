@@ -60,8 +60,9 @@ def test_sift_ranks_each_tensor_by_itself_unless_told_otherwise():
     model = classifier()
     mask = sparseft.select("sift", model, batches(), density=0.1)
     assert {name: index.numel() for name, index in mask.items()} == {
-        "0.weight": 60, "0.bias": 3, "3.weight": 12, "3.bias": 1
+        "0.weight": 60, "0.bias": 3, "3.weight": 12
     }  # fmt: skip
+    assert mask.k == int(0.1 * mask.n)  # a tenth of four biases is none
 
 
 def test_random_depends_on_the_seed_alone():

@@ -17,9 +17,10 @@ from sparseft.entries import check_no_entries
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
 from sparseft.selection import fish, ird, magnitude, random, sift
 from sparseft.selection.ird import IRDPath
-from sparseft.selection.top_k import Scope, check_density, top_k
+from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, layouts
+from sparseft.selection.top_k import check_density, top_k
 
-__all__ = ["METHODS", "IRDPath", "ird_search", "select", "top_k"]
+__all__ = ["METHODS", "IRDPath", "Layout", "ird_search", "layouts", "select", "top_k"]
 
 
 class Method(NamedTuple):
@@ -50,10 +51,13 @@ def select(
     density: float | None = None,
     *,
     k: int | None = None,
+    per_group: int | None = None,
     dense: str | Iterable[str] = (),
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     scope: Scope | None = None,
+    structure: Structure | None = None,
+    block: int | tuple[int, int] | None = None,
     seed: int = 0,
     progress: bool = True,
     **options: Any,
@@ -65,26 +69,33 @@ def select(
             entries together), "sift" (gradient of the first batches), "magnitude" (largest weights) or "random".
         model: the pretrained model; left as it was found.
         data: batches with labels, of training data; not needed by "magnitude" and "random".
-        density: selected over selectable entries, in (0, 1]. Give this or k. For "ird" it is where the search starts,
-            and the most that it takes.
+        density: selected over selectable entries, in (0, 1]. Give this, k or per_group. For "ird" it is where the
+            search starts, and the most that it takes.
         k: number of entries to select.
+        per_group: number of entries to select in each group of the scope, each neuron ("row") for instance.
         dense: shell-style patterns of parameters that train whole, outside the budget: a new head, as a rule.
         include: patterns of the parameters to select from; by default all that have requires_grad.
         exclude: patterns of parameters to leave out.
-        scope: "global" ranks all entries together, "tensor" takes the density of each parameter by itself; by default
-            what the method's paper does ("tensor" for sift, else "global").
+        scope: among which entries the scores are ranked: "global", "layer", "tensor", "row" (the weights into one
+            neuron), "column" (those out of one input) or "block". Groups share the budget by size; see
+            `sparseft.top_k`. By default what the method's paper does ("tensor" for sift, else "global").
+        structure: select whole units, each "row", "column" or "block", by their mean score; see `sparseft.top_k`.
+        block: rows and columns of a block, where there are any.
         seed: of random scores and sampled labels.
         progress: show a progress bar where it takes long.
         options: of the method, for instance samples=1024 for "fish"; see its file.
 
     Returns:
-        A Mask with exactly floor(density * n) entries ("ird": with at most as many), and in `info` how it was made.
+        A Mask with exactly floor(density * n) entries ("ird" and whole units: with at most as many), and in `info` how
+        it was made.
 
     Raises:
         ValueError: an argument is out of range, a pattern matches nothing, no parameter is selectable, the data is
             empty or has no labels, or the scores are all zero or not finite.
     """
     if name == "ird":
+        if per_group is not None or structure is not None or block is not None:
+            raise ValueError("method 'ird' searches single entries: leave per_group, structure and block out")
         return ird_search(
             model,
             data,
@@ -98,12 +109,16 @@ def select(
             progress=progress,
             **options,
         ).mask
-    method = _checked(name, data, density, k, options)
+    method = _checked(name, data, options)
     scope = scope or method.scope
+    groups: dict[str, Any] = {"scope": scope, "structure": structure, "block": block, "per_group": per_group}
+    check_groups(**groups, counted=density is not None or k is not None)
+    if per_group is None:
+        check_density(density, k)
     names, mask_options = _prepared(model, dense, include, exclude)
     scores, found = method.score(model, data, names, seed=seed, progress=progress, **options)
-    info = {**_info(name, options, density, scope, seed), **found}
-    return top_k(scores, density, k=k, scope=scope, info=info, **mask_options)
+    info = {**_info(name, options, density, seed, groups), **found}
+    return top_k(scores, density, k=k, layouts=layouts(model), info=info, **groups, **mask_options)
 
 
 def ird_search(
@@ -125,8 +140,11 @@ def ird_search(
     `select("ird", ...)` is the mask of the chosen cell. The arguments are those of `select`; the options are those of
     `sparseft.selection.ird.Options`.
     """
-    method = _checked("ird", data, density, k, options)
+    method = _checked("ird", data, options)
+    check_density(density, k)
     scope = scope or method.scope
+    if scope not in ("global", "tensor"):
+        raise ValueError(f"method 'ird' has scope 'global' or 'tensor', got {scope!r}")
     chosen = ird.Options(**options)
     names, mask_options = _prepared(model, dense, include, exclude)
     return ird.search(
@@ -139,7 +157,7 @@ def ird_search(
         scope=scope,
         seed=seed,
         progress=progress,
-        info=_info("ird", chosen.changed(), density, scope, seed),
+        info=_info("ird", chosen.changed(), density, seed, {"scope": scope}),
         **mask_options,
     )
 
@@ -169,12 +187,11 @@ def selectable(
     return names, dense_names
 
 
-def _checked(name: str, data: Any, density: float | None, k: int | None, options: Mapping[str, Any]) -> Method:
+def _checked(name: str, data: Any, options: Mapping[str, Any]) -> Method:
     """Return the method, or raise before anything is computed."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     method = METHODS[name]
-    check_density(density, k)
     _check_options(name, method, options)
     if method.needs_data and data is None:
         raise ValueError(f"method {name!r} needs data: pass batches of training samples with labels")
@@ -197,12 +214,14 @@ def _prepared(
     }
 
 
-def _info(name: str, options: Mapping[str, Any], density: float | None, scope: Scope, seed: int) -> dict[str, Any]:
+def _info(
+    name: str, options: Mapping[str, Any], density: float | None, seed: int, groups: Mapping[str, Any]
+) -> dict[str, Any]:
     return {
         "method": name,
         "options": {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))},
         "density_asked": density,
-        "scope": scope,
+        **{key: value for key, value in groups.items() if value is not None},
         "seed": seed,
         "versions": versions(),
     }

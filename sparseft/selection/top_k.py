@@ -5,15 +5,12 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor
 
-from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.mask import Mask
-
-Scope = Literal["global", "tensor"]
+from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, largest, largest_units
 
 
 def top_k(
@@ -21,7 +18,11 @@ def top_k(
     density: float | None = None,
     *,
     k: int | None = None,
+    per_group: int | None = None,
     scope: Scope = "global",
+    structure: Structure | None = None,
+    block: int | tuple[int, int] | None = None,
+    layouts: Mapping[str, Layout] | None = None,
     **mask_options: Any,
 ) -> Mask:
     """Select the entries with the largest scores, exactly floor(density * n) of them (at least one).
@@ -30,31 +31,43 @@ def top_k(
 
     Args:
         scores: parameter name -> fp32, bf16 or fp16 score of every entry, the parameter's shape.
-        density: selected over all entries, in (0, 1]. Give this or k.
+        density: selected over all entries, in (0, 1]. Give this, k or per_group.
         k: number of entries to select.
-        scope: "global" ranks all entries together; "tensor" takes the density of each parameter by itself, at least
-            one entry each.
+        per_group: number of entries to select in each group of the scope, or all of a smaller group.
+        scope: among which entries the scores are ranked: "global", all together; "layer", those of each numbered layer
+            (names like "layer.3."; names without a number are one group); "tensor", each parameter's; "row",
+            "column" or "block", those of each row, column or block of each parameter. Groups share the budget in
+            proportion to their size, so that each has its density times its size rounded down or up, and all
+            together have exactly k; see `sparseft.selection.scopes.largest` for who is rounded up.
+        structure: select whole units, each "row", "column" or "block", by their mean score, in place of entries. With
+            a density, the best units that fit into the budget; with k, exactly k entries or an error.
+        block: rows and columns of a block; one number for both.
+        layouts: parameter name -> which of its dimensions are rows and columns, as `sparseft.selection.layouts(model)`
+            says; the first and the second where it is missing.
         mask_options: passed on to Mask.
 
     Raises:
-        ValueError: density or k out of range, no scores, scores that are not finite or all zero.
+        TypeError: per_group or block is not made of whole numbers.
+        ValueError: density, k, per_group or block out of range, or not for this scope; no scores, scores that are not
+            finite or all zero; a structure whose units do not fit.
     """
-    check_density(density, k)
+    sides = check_groups(scope, structure, block, per_group, density is not None or k is not None)
+    if per_group is None:
+        check_density(density, k)
     total = sum(score.numel() for score in scores.values())
     if not total:
         raise ValueError("there is nothing to select from: no parameter is selectable; check include and exclude")
-    if scope not in ("global", "tensor"):
-        raise ValueError(f"scope must be 'global' or 'tensor', got {scope!r}")
     if k is not None and k > total:
         raise ValueError(f"k must be at most the {total:,} selectable entries, got {k:,}")
+    highest = _highest(scores)
     shapes = {name: score.shape for name, score in scores.items()}
-    if scope == "tensor":
-        share = density if density is not None else k / total  # type: ignore[operator]
-        indices = {name: _largest([score], count_at(share, score.numel()))[0] for name, score in scores.items()}
+    count = k if k is not None else None if density is None else count_at(density, total)
+    views = layouts or {}
+    if structure is not None and count is not None:
+        indices = largest_units(scores, count, k is not None, scope, structure, sides, views)
     else:
-        count = k if k is not None else count_at(density, total)  # type: ignore[arg-type]
-        indices = dict(zip(scores, _largest(list(scores.values()), count), strict=True))
-    _check_reach(scores, indices)
+        indices = largest(scores, count, per_group, scope, sides, views)
+    _check_reach(scores, indices, highest)
     return Mask(indices, shapes, **mask_options)
 
 
@@ -76,15 +89,20 @@ def count_at(density: float, n: int) -> int:
     return max(1, math.floor(density * n * (1 + 1e-12)))
 
 
-def _largest(scores: list[Tensor], k: int) -> list[Tensor]:
-    """Return one index list a tensor: where the k largest of all scores are."""
-    indices, counts = torch.ops.sparseft.topk_indices(scores, k)
-    return list(indices.split(counts.tolist()))
+def _highest(scores: Mapping[str, Tensor]) -> float:
+    """Return the largest score of all, or raise unless they are finite."""
+    ends = {name: score.aminmax() for name, score in scores.items() if score.numel()}
+    bad = [name for name, (low, high) in ends.items() if not math.isfinite(low) or not math.isfinite(high)]
+    if bad:
+        raise ValueError(
+            f"scores must be finite, got NaN or infinite values in {', '.join(bad[:4])}; drop the samples that caused "
+            "them"
+        )
+    return max(float(high) for _, high in ends.values())
 
 
-def _check_reach(scores: Mapping[str, Tensor], indices: Mapping[str, Tensor]) -> None:
+def _check_reach(scores: Mapping[str, Tensor], indices: Mapping[str, Tensor], highest: float) -> None:
     lowest = [(float(scores[name].reshape(-1)[i.long()].min()), name) for name, i in indices.items() if i.numel()]
-    highest = max(float(score.max()) for score in scores.values() if score.numel())
     if highest == 0 and min(lowest)[0] == 0:
         raise ValueError(
             "every score is zero: no entry is better than another; check that the loss depends on the model"

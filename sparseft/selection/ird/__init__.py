@@ -31,7 +31,8 @@ from sparseft.selection.ird.pool import Pool, read
 from sparseft.selection.ird.search import Search, Space
 from sparseft.selection.ird.store import Layout, Store, Stream, Table
 from sparseft.selection.ird.trial import Trial
-from sparseft.selection.top_k import Scope, count_at, top_k
+from sparseft.selection.scopes import Scope
+from sparseft.selection.top_k import count_at, top_k
 
 __all__ = ["Cell", "IRDPath", "Options", "search"]
 
