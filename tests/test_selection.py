@@ -74,11 +74,13 @@ def test_random_depends_on_the_seed_alone():
 
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_leaves_the_model_as_it_was(name):
+    budget = {} if name == "bitfit" else {"density": 0.1}
+    options = {"objective": "task"} if name == "gps" else {}
     model = classifier()
     model[0].weight.grad = torch.ones_like(model[0].weight)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     model[3].bias.requires_grad_(False)
-    sparseft.select(name, model, batches(), density=0.1)
+    sparseft.select(name, model, batches(), **budget, **options)
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert model.training
     assert not model[3].bias.requires_grad
@@ -86,17 +88,27 @@ def test_every_method_leaves_the_model_as_it_was(name):
     assert model[0].bias.grad is None
 
 
-@pytest.mark.parametrize("name", ["fish", "sift"])
-def test_data_that_cannot_choose_is_refused(name):
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("fish", {}),
+        ("sift", {}),
+        ("snip", {}),
+        ("gps", {"objective": "task"}),
+        ("child_tuning", {}),
+        ("child_tuning", {"fisher": "batch"}),
+    ],
+)
+def test_data_that_cannot_choose_is_refused(name, options):
     model = classifier()
     with pytest.raises(ValueError, match="at least one"):
-        sparseft.select(name, model, [], density=0.1)
+        sparseft.select(name, model, [], density=0.1, **options)
     with pytest.raises(ValueError, match="labels"):
-        sparseft.select(name, model, [(torch.randn(3, 20),)], density=0.1)
+        sparseft.select(name, model, [(torch.randn(3, 20),)], density=0.1, **options)
     with torch.no_grad():
         model[0].weight[0, 0] = float("nan")
     with pytest.raises((ValueError, RuntimeError), match="finite"):
-        sparseft.select(name, model, batches(), density=0.1)
+        sparseft.select(name, model, batches(), density=0.1, **options)
 
 
 def test_samples_that_are_not_finite_are_left_out_and_counted():

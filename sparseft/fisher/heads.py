@@ -23,16 +23,20 @@ _HEADS = {
 }
 
 
-def logits_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
-    """Run the model; return its logits, fp32. labels: what the decoder of an encoder-decoder model is fed with."""
+def outputs_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Any:
+    """Run the model. labels: what the decoder of an encoder-decoder model is fed with."""
     if not isinstance(inputs, Mapping):
-        outputs = model(inputs)
-    else:
-        accepted = inspect.signature(model.forward).parameters
-        # a cache of keys and values would be kept through backward for nothing
-        cache = {"use_cache": False} if "use_cache" in accepted else {}
-        fed = {"labels": labels} if _head(_inner(model)) == "generation" and _decodes(_inner(model)) else {}
-        outputs = model(**{**cache, **inputs, **fed})
+        return model(inputs)
+    accepted = inspect.signature(model.forward).parameters
+    # a cache of keys and values would be kept through backward for nothing
+    cache = {"use_cache": False} if "use_cache" in accepted else {}
+    fed = {"labels": labels} if _head(headed(model)) == "generation" and _decodes(headed(model)) else {}
+    return model(**{**cache, **inputs, **fed})
+
+
+def logits_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
+    """Run the model; return its logits, fp32."""
+    outputs = outputs_of(model, inputs, labels)
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
         raise ValueError(
@@ -44,7 +48,7 @@ def logits_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
 
 def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
     """Return what the head predicts: "classes", "multilabel", "regression", "tokens" or "causal" (the next token)."""
-    inner = _inner(model)
+    inner = headed(model)
     head = _head(inner)
     if head == "sequence":
         return _sequence_kind(inner, logits, labels)
@@ -63,8 +67,8 @@ def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
     return "classes" if logits.dim() == 2 else "tokens"
 
 
-def _inner(model: nn.Module) -> nn.Module:
-    # PEFT wraps the model whose head it is
+def headed(model: nn.Module) -> nn.Module:
+    """Return the model whose head it is: PEFT wraps it."""
     return model.get_base_model() if callable(getattr(model, "get_base_model", None)) else model  # type: ignore[operator]
 
 

@@ -95,7 +95,7 @@ class Objective:
             by_token = self._reduction == "token"
             losses = _checked(self._loss(model, self._samples.back(batch)), size(batch), by_token)
             return _by_token(losses, torch.ones_like(losses, dtype=torch.bool)) if by_token else _all_at_once(losses)
-        inputs, labels = _split(batch)
+        inputs, labels = inputs_and_labels(batch)
         if labels is None and self._mode == "empirical":
             raise ValueError(
                 'every batch must hold labels ("labels" in a mapping, or (inputs, targets)), got a batch without; '
@@ -114,7 +114,7 @@ class Objective:
 
     def _logits(self, model: nn.Module, batch: Batch, labels: Tensor | None) -> Tensor:
         """Return the logits, samples first: a model puts them where the labels have them."""
-        logits = logits_of(model, *_split(self._samples.back(batch)))
+        logits = logits_of(model, *inputs_and_labels(self._samples.back(batch)))
         if labels is not None:
             logits = logits.movedim(self._samples.of("labels" if isinstance(batch, Mapping) else "1", labels), 0)
         if logits.shape[0] != size(batch):
@@ -205,7 +205,8 @@ def _checked(losses: Any, samples: int, by_token: bool) -> Tensor:
     return losses  # type: ignore[no-any-return]
 
 
-def _split(batch: Batch) -> tuple[Any, Tensor | None]:
+def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor | None]:
+    """Return what a model is given, and the labels: those of a mapping, or the second part of a pair."""
     if isinstance(batch, Mapping):
         return {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
     if isinstance(batch, (tuple, list)):

@@ -2,7 +2,7 @@
 
 A method is a function `score(model, data, names, *, seed, progress, **options)` in a file of its own, which returns
 the scores of the named parameters and what is worth recording, and one line in METHODS. "ird" chooses entries by a
-search in place of scores.
+search in place of scores, "bitfit" by their names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 
 from sparseft.entries import check_no_entries
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
-from sparseft.selection import fish, ird, magnitude, random, sift
+from sparseft.selection import bitfit, child_tuning, fish, gps, ird, magnitude, random, sift, snip, wanda
 from sparseft.selection.ird import IRDPath
 from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, layouts
 from sparseft.selection.top_k import check_density, top_k
@@ -26,11 +26,12 @@ __all__ = ["METHODS", "IRDPath", "Layout", "ird_search", "layouts", "select", "t
 class Method(NamedTuple):
     """How a method scores, and among which entries it ranks unless told otherwise.
 
+    scope: None where `score` gives the entries themselves, which leaves nothing to rank and no budget to give.
     options: what takes the method's options, where it is not `score` itself.
     """
 
     score: Callable[..., Any]
-    scope: Scope
+    scope: Scope | None
     needs_data: bool
     options: Callable[..., Any] | None = None
 
@@ -38,7 +39,12 @@ class Method(NamedTuple):
 METHODS = {
     "random": Method(random.score, "global", needs_data=False),
     "magnitude": Method(magnitude.score, "global", needs_data=False),
+    "bitfit": Method(bitfit.entries, None, needs_data=False),
+    "wanda": Method(wanda.score, "row", needs_data=True),
+    "snip": Method(snip.score, "global", needs_data=True),
     "sift": Method(sift.score, "tensor", needs_data=True),
+    "gps": Method(gps.score, "row", needs_data=True),
+    "child_tuning": Method(child_tuning.score, "global", needs_data=True),
     "fish": Method(fish.score, "global", needs_data=True),
     "ird": Method(ird.search, "global", needs_data=True, options=ird.Options),
 }
@@ -66,11 +72,13 @@ def select(
 
     Args:
         name: a method: "fish" (per-sample Fisher information), "ird" (Fisher information, searching samples and
-            entries together), "sift" (gradient of the first batches), "magnitude" (largest weights) or "random".
+            entries together), "child_tuning" (Fisher information, also of batches), "gps" (gradient by neuron, of a
+            contrastive loss), "sift" (gradient of the first batches), "snip" (that times the weight), "wanda" (weight
+            times the norm of its input), "magnitude" (largest weights), "bitfit" (all biases) or "random".
         model: the pretrained model; left as it was found.
-        data: batches with labels, of training data; not needed by "magnitude" and "random".
-        density: selected over selectable entries, in (0, 1]. Give this, k or per_group. For "ird" it is where the
-            search starts, and the most that it takes.
+        data: batches with labels, of training data; not needed by "magnitude", "bitfit" and "random".
+        density: selected over selectable entries, in (0, 1]. Give this, k or per_group; none for
+            "bitfit". For "ird" it is where the search starts, and the most that it takes.
         k: number of entries to select.
         per_group: number of entries to select in each group of the scope, each neuron ("row") for instance.
         dense: shell-style patterns of parameters that train whole, outside the budget: a new head, as a rule.
@@ -78,7 +86,8 @@ def select(
         exclude: patterns of parameters to leave out.
         scope: among which entries the scores are ranked: "global", "layer", "tensor", "row" (the weights into one
             neuron), "column" (those out of one input) or "block". Groups share the budget by size; see
-            `sparseft.top_k`. By default what the method's paper does ("tensor" for sift, else "global").
+            `sparseft.top_k`. By default what the method's paper does ("tensor" for sift, "row" for gps
+            and wanda, else "global").
         structure: select whole units, each "row", "column" or "block", by their mean score; see `sparseft.top_k`.
         block: rows and columns of a block, where there are any.
         seed: of random scores and sampled labels.
@@ -86,8 +95,8 @@ def select(
         options: of the method, for instance samples=1024 for "fish"; see its file.
 
     Returns:
-        A Mask with exactly floor(density * n) entries ("ird" and whole units: with at most as many), and in `info` how
-        it was made.
+        A Mask with exactly floor(density * n) entries ("ird" and whole units: with at most as many; "bitfit": with all
+        biases), and in `info` how it was made.
 
     Raises:
         ValueError: an argument is out of range, a pattern matches nothing, no parameter is selectable, the data is
@@ -110,8 +119,18 @@ def select(
             **options,
         ).mask
     method = _checked(name, data, options)
-    scope = scope or method.scope
-    groups: dict[str, Any] = {"scope": scope, "structure": structure, "block": block, "per_group": per_group}
+    if method.scope is None:
+        _check_no_budget(
+            name, density=density, k=k, per_group=per_group, scope=scope, structure=structure, block=block
+        )
+        names, mask_options = _prepared(model, dense, include, exclude)
+        shapes = {other: model.get_parameter(other).shape for other in names}
+        return Mask(method.score(model, names), shapes, info=_info(name, options, None, seed, {}), **mask_options)
+    # whole units do not compete inside one of them
+    usual = "tensor" if structure is not None and method.scope == "row" else method.scope
+    groups: dict[str, Any] = {
+        "scope": scope or usual, "structure": structure, "block": block, "per_group": per_group
+    }  # fmt: skip
     check_groups(**groups, counted=density is not None or k is not None)
     if per_group is None:
         check_density(density, k)
@@ -140,9 +159,9 @@ def ird_search(
     `select("ird", ...)` is the mask of the chosen cell. The arguments are those of `select`; the options are those of
     `sparseft.selection.ird.Options`.
     """
-    method = _checked("ird", data, options)
+    _checked("ird", data, options)
     check_density(density, k)
-    scope = scope or method.scope
+    scope = scope or "global"
     if scope not in ("global", "tensor"):
         raise ValueError(f"method 'ird' has scope 'global' or 'tensor', got {scope!r}")
     chosen = ird.Options(**options)
@@ -196,6 +215,16 @@ def _checked(name: str, data: Any, options: Mapping[str, Any]) -> Method:
     if method.needs_data and data is None:
         raise ValueError(f"method {name!r} needs data: pass batches of training samples with labels")
     return method
+
+
+def _check_no_budget(name: str, **given: Any) -> None:
+    """Raise if a method that chooses by names is told how many to choose, or among which."""
+    surplus = [option for option, value in given.items() if value is not None]
+    if surplus:
+        raise ValueError(
+            f"method {name!r} takes all that it finds: leave {', '.join(surplus)} out; choose fewer by name with "
+            "include and exclude, or rank them by another method, as select('fish', ..., include='*bias', k=1000) does"
+        )
 
 
 def _prepared(

@@ -67,7 +67,7 @@ def top_k(
         indices = largest_units(scores, count, k is not None, scope, structure, sides, views)
     else:
         indices = largest(scores, count, per_group, scope, sides, views)
-    _check_reach(scores, indices, highest)
+    _check_reach(scores, indices, highest, units=structure is not None)
     return Mask(indices, shapes, **mask_options)
 
 
@@ -101,15 +101,16 @@ def _highest(scores: Mapping[str, Tensor]) -> float:
     return max(float(high) for _, high in ends.values())
 
 
-def _check_reach(scores: Mapping[str, Tensor], indices: Mapping[str, Tensor], highest: float) -> None:
+def _check_reach(scores: Mapping[str, Tensor], indices: Mapping[str, Tensor], highest: float, *, units: bool) -> None:
+    """Raise if no score tells anything, and warn if some selected entries have none. units: these may hold zeros."""
     lowest = [(float(scores[name].reshape(-1)[i.long()].min()), name) for name, i in indices.items() if i.numel()]
     if highest == 0 and min(lowest)[0] == 0:
         raise ValueError(
             "every score is zero: no entry is better than another; check that the loss depends on the model"
         )
-    if min(lowest)[0] == 0:
+    if min(lowest)[0] == 0 and not units:
         warnings.warn(
             f"some selected entries score zero (in {min(lowest)[1]}): the density reaches beyond what the scores tell "
-            "apart; ties were broken by position. Use a lower density or more samples.",
+            "apart; ties were broken by position. Use a lower density or more samples, or exclude what scores zero.",
             stacklevel=3,
         )
