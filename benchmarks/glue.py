@@ -56,7 +56,9 @@ def measure(task: str, method: str, seed: int, options: argparse.Namespace, fold
         RuntimeError: the merged model does not give the logits that the trained one gave.
     """
     train, dev = options.data / task / TRAIN_FILES[task], options.data / task / "dev.jsonl"
-    how = ["--method", method, "--density", options.density, "--epochs", options.epochs, "--seed", seed]
+    how = ["--method", method, "--epochs", options.epochs, "--seed", seed]
+    if method != "bitfit":
+        how += ["--density", options.density]
     found = command("train", options.model, "--train", train, "--dev", dev, *how, "-o", folder / "trained")
     plain = folder / "trained"
     if method != "full":

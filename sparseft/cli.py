@@ -56,10 +56,21 @@ _Texts = Annotated[
     typer.Option("--text-column", help="Column of the text; repeat for a second text, or for causal-lm the answer."),
 ]
 _Label = Annotated[str | None, typer.Option("--label-column", help="Column of the label.")]
-_Density = Annotated[float, typer.Option(help="Share of the weights to select, in (0, 1].")]
+_METHODS = "fish, ird, child_tuning, gps, sift, snip, wanda, magnitude, bitfit, random"
+_Density = Annotated[
+    float | None, typer.Option(help="Share of the weights to select, in (0, 1]; 0.005 if left out. bitfit has none.")
+]
+_Scope = Annotated[
+    Literal["global", "layer", "tensor", "row", "column", "block"] | None,
+    typer.Option(help="Rank all weights together, or those of each of these; the method's own if left out."),
+]
+_Structure = Annotated[
+    Literal["row", "column", "block"] | None, typer.Option(help="Select whole units in place of single weights.")
+]
+_Block = Annotated[tuple[int, int] | None, typer.Option(help="Rows and columns of a block.")]
 _Include = Annotated[list[str] | None, typer.Option(help="Select only in parameters named like this; repeatable.")]
 _Exclude = Annotated[list[str] | None, typer.Option(help="Do not select in parameters named like this; repeatable.")]
-_Samples = Annotated[int | None, typer.Option(min=1, help="Rows that fish, ird and sift look at.")]
+_Samples = Annotated[int | None, typer.Option(min=1, help="Rows that the method looks at.")]
 _Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Rows at a time.")]
 _Length = Annotated[
     int | None, typer.Option("--max-length", min=2, help="Tokens after which a sequence is cut; 128 if left out.")
@@ -113,12 +124,13 @@ def train(
     task: _Task = "auto",
     text_columns: _Texts = None,
     label_column: _Label = None,
-    method: Annotated[
-        str, typer.Option(help="fish, ird, sift, magnitude, random; or as a baseline head or full.")
-    ] = "fish",
-    density: _Density = 0.005,
+    method: Annotated[str, typer.Option(help=f"{_METHODS}; or as a baseline head or full.")] = "fish",
+    density: _Density = None,
     include: _Include = None,
     exclude: _Exclude = None,
+    scope: _Scope = None,
+    structure: _Structure = None,
+    block: _Block = None,
     samples: _Samples = None,
     mask_file: Annotated[
         Path | None, typer.Option("--mask", help="Train this mask, from `sparseft select`, instead of choosing one.")
@@ -139,7 +151,7 @@ def train(
         from sparseft.integrations import checkpoint, inputs, models, training
 
         checkpoint.check_output(output, overwrite)
-        training.check_choice(method, density, samples)
+        training.check_choice(method, density, samples, scope, structure, block)
         training.check_schedule(lr, epochs, max_steps, batch_size, head_lr)
         mask = None if mask_file is None else _given_mask(mask_file, ctx)
         models.quiet()
@@ -164,10 +176,13 @@ def select(
     task: _Task = "auto",
     text_columns: _Texts = None,
     label_column: _Label = None,
-    method: Annotated[str, typer.Option(help="fish, ird, sift, magnitude, random, or head.")] = "fish",
-    density: _Density = 0.005,
+    method: Annotated[str, typer.Option(help=f"{_METHODS}, or head.")] = "fish",
+    density: _Density = None,
     include: _Include = None,
     exclude: _Exclude = None,
+    scope: _Scope = None,
+    structure: _Structure = None,
+    block: _Block = None,
     samples: _Samples = None,
     batch_size: _Batch = 16,
     max_length: _Length = None,
@@ -179,7 +194,7 @@ def select(
     with _results() as results:
         from sparseft.integrations import inputs, models, training
 
-        training.check_choice(method, density, samples)
+        training.check_choice(method, density, samples, scope, structure, block)
         if output.is_dir() or (output.exists() and not overwrite):
             raise ValueError(f"the output {output} must be a new file; choose another, or give --overwrite")
         if not output.absolute().parent.is_dir():
@@ -245,7 +260,7 @@ def doctor() -> None:
 def _given_mask(file: Path, ctx: typer.Context) -> Mask:
     from sparseft.mask import Mask
 
-    for name in ("method", "density", "include", "exclude", "samples"):
+    for name in ("method", "density", "include", "exclude", "scope", "structure", "block", "samples"):
         source = ctx.get_parameter_source(name)
         if source is not None and source.name == "COMMANDLINE":
             raise ValueError(f"--{name} must be left out with --mask, which holds a choice already made")

@@ -15,6 +15,7 @@ import sparseft
 from sparseft import ops
 from sparseft.cli import app
 from sparseft.integrations.training import device
+from sparseft.selection import METHODS
 
 transformers = pytest.importorskip("transformers", reason="the extra `train` is not installed")
 pytest.importorskip("accelerate", reason="the extra `train` is not installed")
@@ -138,12 +139,11 @@ def plain_logits(folder, *texts):
         return model, model(**batch).logits.float().cpu()
 
 
-@pytest.mark.parametrize("method", ["fish", "ird", "sift", "magnitude", "random", "head"])
+@pytest.mark.parametrize("method", [*METHODS, "head"])
 def test_train_and_merge_give_plain_transformers_the_same_logits(bert, data, tmp_path, method):
-    samples = ["--samples", 64] if method in ("fish", "ird", "sift") else []
-    found = run(
-        "train", bert, *data, "--method", method, "--density", 0.05, "--lr", 0.01, *samples, "-o", tmp_path / "out"
-    )
+    options = ["--samples", 64] if method in METHODS and METHODS[method].needs_data else []
+    options += [] if method == "bitfit" else ["--density", 0.05]
+    found = run("train", bert, *data, "--method", method, "--lr", 0.01, *options, "-o", tmp_path / "out")
     assert found["task"] == "classification"
     assert found["rows"] == {"train": 160, "dev": 32}
     assert found["dev"]["accuracy"] >= 0.8
@@ -259,6 +259,34 @@ def test_include_and_exclude(bert, data, tmp_path):
     assert all("layer.0.attention" in name and name.endswith("weight") for name in names)
 
 
+def test_scopes_and_whole_units(bert, data, tmp_path):
+    where = ["--train", data[1], "--method", "magnitude", "--density", 0.1, "--include", "*query.weight"]
+    for number, options in enumerate(
+        (["--scope", "row"], ["--structure", "row"], ["--scope", "block", "--block", 4, 8])
+    ):
+        run("select", bert, *where, *options, "-o", tmp_path / f"{number}.mask")
+    rows, whole, blocks = (sparseft.Mask.load(tmp_path / f"{number}.mask") for number in range(3))
+    for name in rows:
+        assert set(torch.bincount(rows[name].long() // 32, minlength=32).tolist()) == {3, 4}
+        assert {*torch.bincount(whole.get(name, torch.empty(0)).long() // 32).tolist()} <= {0, 32}
+        row, column = blocks[name].long() // 32 // 4, blocks[name].long() % 32 // 8
+        assert set(torch.bincount(row * 4 + column, minlength=32).tolist()) == {3, 4}
+    assert whole.info["structure"] == "row"
+    assert blocks.info["block"] == [4, 8]
+
+
+def test_gps_ranks_by_the_loss_where_there_are_no_classes(bert, tmp_path):
+    options = files(tmp_path, lambda pair: {"text": pair[0], "label": pair[1]})
+    run("select", bert, *options[:2], "--method", "gps", "--samples", 16, "-o", tmp_path / "a.mask")
+    assert sparseft.Mask.load(tmp_path / "a.mask").info["options"] == {"samples": 16, "objective": "task"}
+
+
+def test_help_names_every_method():
+    for command in ("train", "select"):
+        text = " ".join(CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).output.split())
+        assert all(name in text for name in METHODS)
+
+
 def test_a_head_for_other_classes_is_replaced(bert, data, tmp_path):
     config = transformers.AutoConfig.from_pretrained(bert, num_labels=7)
     transformers.AutoModelForSequenceClassification.from_pretrained(bert, config=config).save_pretrained(
@@ -336,6 +364,13 @@ WRONG_OPTIONS = [
     (["--exclude", "*"], "no parameter is selectable"),
     (["--mask", "nosuch.mask"], "nosuch.mask is not a file"),
     (["--mask", "some.mask", "--density", "0.005"], "--density must be left out with --mask"),
+    (["--mask", "some.mask", "--scope", "row"], "--scope must be left out with --mask"),
+    (["--method", "bitfit", "--density", "0.1"], "density must be left out for method 'bitfit'"),
+    (["--method", "bitfit", "--scope", "row"], "scope must be left out for method 'bitfit', which ranks nothing"),
+    (["--scope", "neuron"], "Invalid value for '--scope'"),
+    (["--scope", "block"], "block must be (rows, columns)"),
+    (["--structure", "row", "--scope", "row"], "compete in scope 'global', 'layer' or 'tensor', got 'row'"),
+    (["--method", "ird", "--scope", "row"], "method 'ird' has scope 'global' or 'tensor', got 'row'"),
     (["--nosuch"], "No such option"),
 ]
 

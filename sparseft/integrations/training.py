@@ -22,6 +22,7 @@ from sparseft.mask import Mask, fingerprint, versions
 from sparseft.optim import SparseAdamW
 from sparseft.selection import METHODS as SELECTION_METHODS
 from sparseft.selection import select
+from sparseft.selection.scopes import Scope, Structure, check_groups
 from sparseft.selection.top_k import check_density
 
 if TYPE_CHECKING:
@@ -30,15 +31,22 @@ if TYPE_CHECKING:
 # "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
 BASELINES = ("head", "full")
 METHODS = (*SELECTION_METHODS, *BASELINES)
-SAMPLING = ("fish", "ird", "sift")
+SAMPLING = tuple(name for name, method in SELECTION_METHODS.items() if method.needs_data)
+DEFAULT_DENSITY = 0.005
 
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
 # ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
+# Those of other methods were not swept: they are as for what is chosen in the same way, and BitFit's is the paper's.
 DEFAULT_LR = {
     "fish": 1e-3,
     "ird": 1e-3,  # as for fish: the entries are of the same kind
     "sift": 1e-3,
+    "child_tuning": 1e-3,  # as for fish
+    "gps": 1e-3,  # as for sift
+    "snip": 1e-3,  # as for sift
+    "bitfit": 1e-3,
     "magnitude": 1e-2,
+    "wanda": 1e-2,  # as for magnitude
     "random": 3e-2,
     "head": 1e-1,
     "full": 3e-4,
@@ -83,10 +91,13 @@ def choose(
     loaded: Loaded,
     encoded: Encoded,
     method: str = "fish",
-    density: float = 0.005,
+    density: float | None = None,
     *,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    scope: Scope | None = None,
+    structure: Structure | None = None,
+    block: tuple[int, int] | None = None,
     samples: int | None = None,
     batch_size: int = 16,
     seed: int = 0,
@@ -98,10 +109,13 @@ def choose(
         loaded: the model; its new parameters train whole, outside the budget.
         encoded: the data.
         method: a selection method, "head" or "full".
-        density: selected over selectable weights, in (0, 1].
+        density: selected over selectable weights, in (0, 1]; 0.005 if left out. "bitfit" has none.
         include: patterns of the parameters to select from; all if empty.
         exclude: patterns of parameters to leave out.
-        samples: rows to look at, for "fish", "ird" and "sift"; None for the method's default.
+        scope: among which weights they are ranked, as for `sparseft.select`; None for the method's own.
+        structure: whole units to select, as for `sparseft.select`.
+        block: rows and columns of a block.
+        samples: rows to look at, for a method that looks at any; None for the method's default.
         batch_size: rows at a time.
         seed: which rows, and a method's own random choices.
         progress: show a progress bar on stderr.
@@ -109,23 +123,30 @@ def choose(
     Raises:
         ValueError: an option is out of range or does not go with the method.
     """
-    check_choice(method, density, samples)
+    check_choice(method, density, samples, scope, structure, block)
     if method == "full":
         return None
     if method == "head":
         return _head_mask(loaded)
     options: dict[str, Any] = {}
     if samples is not None:
-        options = {"batches": math.ceil(samples / batch_size)} if method == "sift" else {"samples": samples}
+        by_batch = method in ("sift", "snip")
+        options = {"batches": math.ceil(samples / batch_size)} if by_batch else {"samples": samples}
+    if method == "gps" and encoded.task != "classification":
+        options["objective"] = "task"  # there are no classes to tell apart
+    if method != "bitfit":
+        options["density"] = DEFAULT_DENSITY if density is None else density
     loaded.model.to(device())
     return select(
         method,
         loaded.model,
         encoded.batches(encoded.train, batch_size, device(), seed),
-        density=density,
         dense=loaded.new,
         include=include or None,
         exclude=exclude or None,
+        scope=scope,
+        structure=structure,
+        block=block,
         seed=seed,
         progress=progress,
         **options,
@@ -200,13 +221,27 @@ def train(
     return Result(str(method), lr, head_lr, trained, evaluation, steps, clock.median, peak, size)
 
 
-def check_choice(method: str, density: float, samples: int | None = None) -> None:
-    """Raise unless the method is known, the density in range, and samples given only to a method that looks at any."""
+def check_choice(
+    method: str,
+    density: float | None = None,
+    samples: int | None = None,
+    scope: Scope | None = None,
+    structure: Structure | None = None,
+    block: tuple[int, int] | None = None,
+) -> None:
+    """Raise unless the method is known, what is in range, and options are given to methods that have them only."""
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    check_density(density)
+    check_density(DEFAULT_DENSITY if density is None else density)
+    if density is not None and method == "bitfit":
+        raise ValueError(f"density must be left out for method 'bitfit', which takes all biases; got {density}")
     if samples is not None and method not in SAMPLING:
         raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
+    given = {"scope": scope, "structure": structure, "block": block}
+    surplus = [name for name, value in given.items() if value is not None]
+    if surplus and method in (*BASELINES, "bitfit"):
+        raise ValueError(f"{', '.join(surplus)} must be left out for method {method!r}, which ranks nothing")
+    check_groups(scope or "global", structure, block, None, counted=True)
 
 
 def check_schedule(
