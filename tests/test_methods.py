@@ -67,7 +67,7 @@ def assert_best(mask, scores, k):
 def assert_best_of_rows(mask, scores, transposed=()):
     """Of each row exactly one entry is chosen, and it is the best one, up to rounding."""
     rounding = 1e-7 * max(float(score.detach().max()) for score in scores.values())
-    assert set(mask.shapes) == set(scores)
+    assert set(mask) == set(scores)
     for name, score in scores.items():
         rows = score.detach().cpu().double()
         chosen = torch.zeros(score.numel(), dtype=torch.float64)
@@ -164,7 +164,7 @@ def test_gps_takes_the_largest_contrastive_gradient_of_each_neuron(name, tempera
     options = {"temperature": temperature, "exclude": head}
     mask = sparseft.select("gps", model, batches, per_group=1, **options)
     assert_best_of_rows(mask, scores, conv1d_weights(model))
-    assert all("embeddings.weight" in key or "wte" in key or "wpe" in key for key in mask.info["left_out"])
+    assert all("embeddings.weight" in key or "wte" in key or "wpe" in key for key in mask.info["unscored"])
     assert_best(sparseft.select("gps", model, batches, k=300, scope="global", **options), scores, 300)
 
 
@@ -258,10 +258,9 @@ def test_wanda_takes_the_weights_that_are_largest_with_their_inputs(name, device
     for batch in batches:
         batch["attention_mask"] = batch["attention_mask"].to(device)
     mask = sparseft.select("wanda", on_device, batches, per_group=1)
-    assert set(mask.shapes) == set(scores)
     assert_best_of_rows(mask, scores, turned)
-    assert not set(mask.info["left_out"]) & set(scores)
-    assert len(mask.info["left_out"]) + len(scores) == len(dict(model.named_parameters()))
+    assert set(mask.shapes) == set(dict(model.named_parameters()))
+    assert set(mask.info["unscored"]) == set(mask.shapes) - set(scores)
     assert_best(sparseft.select("wanda", on_device, batches, k=300, scope="global"), scores, 300)
 
 
@@ -366,6 +365,8 @@ def test_choices_repeat_whatever_the_state_of_the_generator(variant):
         masks.append(sparseft.select(variant.split()[0], model, data("bert"), 0.02, **VARIANTS[variant]))
         assert model.training
     assert masks[0] == masks[1]
+    excluded = "classifier" if variant == "gps" else "none"
+    assert masks[0].n == sum(p.numel() for name, p in model.named_parameters() if not name.startswith(excluded))
     assert masks[0].k == int(0.02 * masks[0].n)
 
 

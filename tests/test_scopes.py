@@ -144,6 +144,15 @@ def test_a_density_is_the_budget_of_all_groups_together():
         assert mask.k == int(0.2 * total)
 
 
+def test_parameters_without_scores_count_in_the_density():
+    for scope in SCOPES[:4]:
+        mask = sparseft.top_k({"a": torch.rand(5, 4), "c": torch.rand(6)}, 0.3, scope=scope, unscored={"b": (10, 2)})
+        assert (mask.k, mask.n) == (13, 46)
+        assert set(mask) == {"a", "c"}
+    with pytest.raises(ValueError, match="at most the 4 selectable entries, got 12"):
+        sparseft.top_k({"a": torch.rand(4)}, 0.5, unscored={"b": (10, 2)})
+
+
 def test_equal_rows_differ_by_one_entry_at_most():
     mask = sparseft.top_k({"w": torch.rand(1000, 37)}, 0.1, scope="row")
     counts = torch.bincount(mask["w"].long() // 37, minlength=1000)

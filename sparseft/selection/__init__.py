@@ -77,8 +77,8 @@ def select(
             times the norm of its input), "magnitude" (largest weights), "bitfit" (all biases) or "random".
         model: the pretrained model; left as it was found.
         data: batches with labels, of training data; not needed by "magnitude", "bitfit" and "random".
-        density: selected over selectable entries, in (0, 1]. Give this, k or per_group; none for
-            "bitfit". For "ird" it is where the search starts, and the most that it takes.
+        density: selected over selectable entries, in (0, 1], whether or not the method has scores for all. Give this,
+            k or per_group; none for "bitfit". For "ird" it is where the search starts, and the most that it takes.
         k: number of entries to select.
         per_group: number of entries to select in each group of the scope, each neuron ("row") for instance.
         dense: shell-style patterns of parameters that train whole, outside the budget: a new head, as a rule.
@@ -137,7 +137,11 @@ def select(
     names, mask_options = _prepared(model, dense, include, exclude)
     scores, found = method.score(model, data, names, seed=seed, progress=progress, **options)
     info = {**_info(name, options, density, seed, groups), **found}
-    return top_k(scores, density, k=k, layouts=layouts(model), info=info, **groups, **mask_options)
+    unscored = {other: model.get_parameter(other).shape for other in names if other not in scores}
+    if unscored:
+        info["unscored"] = list(unscored)
+    views = layouts(model)
+    return top_k(scores, density, k=k, layouts=views, unscored=unscored, info=info, **groups, **mask_options)
 
 
 def ird_search(

@@ -33,8 +33,8 @@ def score(
     A head that is new says nothing about which weights matter; the contrastive loss (arXiv 2004.11362) needs none: it
     asks of each sample's features to be near those of its class in the same batch, and far from the others'.
 
-    Embeddings have no neurons, and a token that does not occur has no gradient: they are not selectable, a density
-    does not count them, and `info["left_out"]` of the mask lists them.
+    Embeddings have no neurons, and a token that does not occur has no gradient: they count in a density, but have no
+    scores, and `info["unscored"]` of the mask lists them.
 
     Differences from the published code: it takes the K largest of each neuron, `per_group=K` of select; with a density
     instead, rows share the budget by size. It holds norms, class token and positions still and trains biases and the
@@ -62,7 +62,7 @@ def score(
             a sample; no two samples of a class in any batch; a parameter that the features do not depend on.
     """
     _check(objective, samples, temperature, features, loss)
-    names, left_out = _without_embeddings(model, names)
+    names = _without_embeddings(model, names)
     sums = zeros(model, names)
     reached: set[str] = set()
     contrast = _Contrast(model, features or _features, temperature)
@@ -81,7 +81,7 @@ def score(
     if objective == "contrastive":
         contrast.check(names, reached)
     scale = contrast.anchors if objective == "contrastive" else used
-    return {name: total.abs_().div_(scale) for name, total in sums.items()}, {"samples": used, "left_out": left_out}
+    return {name: total.abs_().div_(scale) for name, total in sums.items()}, {"samples": used}
 
 
 class _Contrast:
@@ -140,8 +140,8 @@ def _check(objective: str, samples: int | None, temperature: float, features: ob
         raise ValueError('a loss of your own goes with objective="task"')
 
 
-def _without_embeddings(model: nn.Module, names: list[str]) -> tuple[list[str], list[str]]:
-    """Return the names of parameters that are no embedding, and of those that are one, of a tied head too."""
+def _without_embeddings(model: nn.Module, names: list[str]) -> list[str]:
+    """Return the names of parameters that are no embedding, tied to a head or not."""
     parameters = dict(model.named_parameters())
     tables = {id(module.weight) for module in model.modules() if isinstance(module, (nn.Embedding, nn.EmbeddingBag))}
     kept = [name for name in names if id(parameters[name]) not in tables]
@@ -150,7 +150,7 @@ def _without_embeddings(model: nn.Module, names: list[str]) -> tuple[list[str], 
             "method 'gps' selects inputs of neurons, and all selectable parameters are embeddings; check include and "
             "exclude"
         )
-    return kept, [name for name in names if id(parameters[name]) in tables]
+    return kept
 
 
 def _classes(labels: Tensor | None, samples: int) -> Tensor:

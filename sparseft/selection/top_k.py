@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +23,7 @@ def top_k(
     structure: Structure | None = None,
     block: int | tuple[int, int] | None = None,
     layouts: Mapping[str, Layout] | None = None,
+    unscored: Mapping[str, Sequence[int]] | None = None,
     **mask_options: Any,
 ) -> Mask:
     """Select the entries with the largest scores, exactly floor(density * n) of them (at least one).
@@ -44,6 +45,7 @@ def top_k(
         block: rows and columns of a block; one number for both.
         layouts: parameter name -> which of its dimensions are rows and columns, as `sparseft.selection.layouts(model)`
             says; the first and the second where it is missing.
+        unscored: parameter name -> shape, of parameters that count in the density, but cannot be selected.
         mask_options: passed on to Mask.
 
     Raises:
@@ -57,11 +59,13 @@ def top_k(
     total = sum(score.numel() for score in scores.values())
     if not total:
         raise ValueError("there is nothing to select from: no parameter is selectable; check include and exclude")
-    if k is not None and k > total:
-        raise ValueError(f"k must be at most the {total:,} selectable entries, got {k:,}")
+    shapes = {**{name: score.shape for name, score in scores.items()}, **(unscored or {})}
+    count = k
+    if density is not None:
+        count = count_at(density, sum(math.prod(shape) for shape in shapes.values()))
+    if count is not None and count > total:
+        raise ValueError(f"k must be at most the {total:,} selectable entries, got {count:,}")
     highest = _highest(scores)
-    shapes = {name: score.shape for name, score in scores.items()}
-    count = k if k is not None else None if density is None else count_at(density, total)
     views = layouts or {}
     if structure is not None and count is not None:
         indices = largest_units(scores, count, k is not None, scope, structure, sides, views)

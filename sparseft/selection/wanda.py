@@ -29,9 +29,9 @@ def score(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return |w[o, i]| * ||x[i]||, fp32, of the weights of linear layers: x[i] is input i at every token of the data.
 
-    Parameters that no linear layer multiplied by (embeddings, norms, biases, layers that did not run) have no such
-    score and are not selectable: a density counts weights of linear layers only, and `info["left_out"]` of the mask
-    lists the others. Tokens that the attention mask of a batch hides are not counted.
+    Parameters that no linear layer multiplied by (embeddings, norms, biases, layers that did not run) count in a
+    density, but have no such score, and `info["unscored"]` of the mask lists them. Tokens that the attention mask of
+    a batch hides are not counted.
 
     Differences from the published code: it removes the weights with the lowest scores, here those with the highest
     train; it goes from layer to layer and feeds each one what the pruned ones before it give, here the model is whole;
@@ -73,7 +73,7 @@ def score(
             norms = watch.squares[name].sqrt().float()
             weight = parameters[name].detach().float().abs()
             scores[name] = weight.mul_(norms[:, None] if inputs[name] == 0 else norms)
-    return scores, {"samples": used, "left_out": [name for name in names if name not in scores]}
+    return scores, {"samples": used}
 
 
 class _Inputs(TorchFunctionMode):

@@ -32,7 +32,7 @@ class Layout(NamedTuple):
 def layouts(model: nn.Module) -> dict[str, Layout]:
     """Return parameter name -> layout, by the module that owns the parameter.
 
-    - Linear [O, I] and Embedding [V, D]: a row is an output neuron, or the vector of a token.
+    - Linear [O, I] and Embedding [V, D]: a row is an output neuron, or a token's vector; of a tied head it is both.
     - transformers' Conv1D [I, O]: a row is an output neuron, which lies along the second dimension.
     - Convolutions [O, I / groups, ...], transposed ones [I, O / groups, ...]: a row is an output channel, with all its
       kernels; a column is an input channel.
