@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseft.selection import METHODS
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -46,3 +48,9 @@ def test_adapters_train_beside_selected_entries(run):
     batch = {key: value for key, value in next(iter(found["loader"])).items() if key != "labels"}
     assert not any("lora" in name for name, _ in plain.named_parameters())
     torch.testing.assert_close(plain.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_every_method_is_named():
+    for name in METHODS:
+        assert f'`"{name}"`' in (ROOT / "README.md").read_text()
+        assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text()
