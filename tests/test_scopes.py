@@ -153,6 +153,15 @@ def test_parameters_without_scores_count_in_the_density():
         sparseft.top_k({"a": torch.rand(4)}, 0.5, unscored={"b": (10, 2)})
 
 
+@pytest.mark.parametrize(
+    "options", [{"scope": scope} for scope in SCOPES[:5]] + [{"structure": "row"}, {"scope": "block", "block": 2}]
+)
+def test_parameters_without_entries_are_passed_over(options):
+    scores = {"none": torch.rand(0, 3), "w": torch.rand(4, 5), "nothing": torch.rand(0)}
+    mask = sparseft.top_k(scores, k=10, **options)
+    assert (mask.k, list(mask), list(mask.shapes)) == (10, ["w"], ["none", "w", "nothing"])
+
+
 def test_equal_rows_differ_by_one_entry_at_most():
     mask = sparseft.top_k({"w": torch.rand(1000, 37)}, 0.1, scope="row")
     counts = torch.bincount(mask["w"].long() // 37, minlength=1000)
@@ -220,6 +229,14 @@ def test_select_finds_the_rows_of_each_layer():
     assert mask["transformer.ln_f.bias"].numel() == 1
     assert mask.info["scope"] == "row"
     assert mask.info["per_group"] == 1
+
+
+def test_a_mask_says_how_it_was_ranked_as_its_file_does(tmp_path):
+    model = torch.nn.Linear(8, 8)
+    mask = sparseft.select("magnitude", model, density=0.5, scope="block", block=(2, 4))
+    mask.save(tmp_path / "mask")
+    assert sparseft.Mask.load(tmp_path / "mask").info == mask.info
+    assert mask.info["block"] == [2, 4]
 
 
 def test_layers_are_told_by_the_first_number_in_a_name():

@@ -254,7 +254,11 @@ def _info(
         "method": name,
         "options": {key: value for key, value in options.items() if isinstance(value, (bool, int, float, str))},
         "density_asked": density,
-        **{key: value for key, value in groups.items() if value is not None},
+        **{
+            key: list(value) if isinstance(value, tuple) else value
+            for key, value in groups.items()
+            if value is not None
+        },
         "seed": seed,
         "versions": versions(),
     }

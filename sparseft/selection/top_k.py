@@ -65,6 +65,7 @@ def top_k(
         count = count_at(density, sum(math.prod(shape) for shape in shapes.values()))
     if count is not None and count > total:
         raise ValueError(f"k must be at most the {total:,} selectable entries, got {count:,}")
+    scores = {name: score for name, score in scores.items() if score.numel()}
     highest = _highest(scores)
     views = layouts or {}
     if structure is not None and count is not None:
@@ -95,7 +96,7 @@ def count_at(density: float, n: int) -> int:
 
 def _highest(scores: Mapping[str, Tensor]) -> float:
     """Return the largest score of all, or raise unless they are finite."""
-    ends = {name: score.aminmax() for name, score in scores.items() if score.numel()}
+    ends = {name: score.aminmax() for name, score in scores.items()}
     bad = [name for name, (low, high) in ends.items() if not math.isfinite(low) or not math.isfinite(high)]
     if bad:
         raise ValueError(

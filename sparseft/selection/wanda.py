@@ -29,9 +29,9 @@ def score(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Return |w[o, i]| * ||x[i]||, fp32, of the weights of linear layers: x[i] is input i at every token of the data.
 
-    Parameters that no linear layer multiplied by (embeddings, norms, biases, layers that did not run) count in a
-    density, but have no such score, and `info["unscored"]` of the mask lists them. Tokens that the attention mask of
-    a batch hides are not counted.
+    Parameters that no linear layer multiplied by (embeddings, norms, biases, stacked experts, layers that did not
+    run) count in a density, but have no such score, and `info["unscored"]` of the mask lists them. Tokens that the
+    attention mask of a batch hides are not counted.
 
     Differences from the published code: it removes the weights with the lowest scores, here those with the highest
     train; it goes from layer to layer and feeds each one what the pruned ones before it give, here the model is whole;
