@@ -10,20 +10,8 @@ from sparseft import ops, reference, testing
 
 _C = pytest.importorskip("sparseft._C", reason="the C++ extension is not built")
 sparse = torch.ops.sparseft
+pytestmark = pytest.mark.usefixtures("threads")
 ADAMW = {"lr": 0.01, "beta1": 0.9, "beta2": 0.999, "eps": 1e-8, "weight_decay": 0.1}
-
-
-@pytest.fixture(params=[1, 3], ids=lambda threads: f"{threads} threads", autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 def adamw_sample(generator, dtype, grad_dtype):

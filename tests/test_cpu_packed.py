@@ -11,24 +11,12 @@ from sparseft.testing_optim import OPTIMIZERS, optimizer_calls
 
 pytest.importorskip("sparseft._C", reason="the C++ extension is not built")
 sparse = torch.ops.sparseft
+pytestmark = pytest.mark.usefixtures("threads")
 NUMEL = 4 * BLOCK + 5
 MOVING = ["gather", "delta_swap_"]
 # an entry at both ends of a block, an empty block, and the last element
 ENTRIES = torch.tensor([0, 7, BLOCK - 1, BLOCK, BLOCK + 5, 3 * BLOCK, 3 * BLOCK + 9, NUMEL - 1], dtype=torch.int32)
 HEADER = 2 * 6
-
-
-@pytest.fixture(params=[1, 3], ids=lambda threads: f"{threads} threads", autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
 
 
 def plain_lists(generator):

@@ -7,19 +7,7 @@ from sparseft import reference, testing
 
 pytest.importorskip("sparseft._C", reason="the C++ extension is not built")
 sparse = torch.ops.sparseft
-
-
-@pytest.fixture(params=[1, 3], ids=lambda threads: f"{threads} threads", autouse=True)
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
+pytestmark = pytest.mark.usefixtures("threads")
 
 
 def padded_layer(generator, dtype, samples, tokens, i, o):

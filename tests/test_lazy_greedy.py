@@ -21,14 +21,6 @@ pytest.importorskip("sparseft._C", reason="the C++ extension is not built")
 KINDS = ("facility location", "pool information", "query information", "conditional gain")
 
 
-@pytest.fixture(params=[1, 3], ids=lambda threads: f"{threads} threads")
-def threads(request):
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
-
-
 def draw(generator, rows, columns, levels=None):
     """Similarities; with levels, of so few values that gains tie again and again, and none is rounded.
 

@@ -9,11 +9,6 @@ sparse = torch.ops.sparseft
 LAUNCHERS = [sparse.outer_at, kernels.outer_at]
 
 
-@pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
 def sample_of(generator, dtype, samples, tokens, a, b, k):
     left, right = (torch.randn(samples, tokens, features, generator=generator).to(dtype) for features in (a, b))
     return testing.Sample("large", (left, right, testing.random_indices(a * b, k, generator)))

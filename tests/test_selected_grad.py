@@ -22,11 +22,6 @@ LAUNCHERS = [sparse.selected_grad_, kernels.selected_grad_]
 
 
 @pytest.fixture
-def generator():
-    return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
 def restore_threads():
     before = torch.get_num_threads()
     yield
