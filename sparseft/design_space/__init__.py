@@ -6,17 +6,22 @@ Space.preset("s4")                          # what the paper found
 """
 
 from sparseft.design_space.layers import Layer, find_layers
+from sparseft.design_space.plan import GroupPlan, Part, Plan, plan
 from sparseft.design_space.sizes import ALLOCATIONS, GROUPINGS, allocate, group_sizes
 from sparseft.design_space.space import PRESETS, STRATEGIES, Space
 
 __all__ = [
     "ALLOCATIONS",
     "GROUPINGS",
+    "GroupPlan",
     "PRESETS",
+    "Part",
+    "Plan",
     "STRATEGIES",
     "Layer",
     "Space",
     "allocate",
     "find_layers",
     "group_sizes",
+    "plan",
 ]

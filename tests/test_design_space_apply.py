@@ -1,0 +1,296 @@
+"""A space on a model: exactly the planned weights train, by each strategy's own definition."""
+
+import copy
+import math
+
+import models
+import pytest
+import torch
+from models import one_thread  # noqa: F401
+
+import sparseft
+from sparseft.design_space import Space, plan
+from sparseft.integrations import prefix
+from sparseft.integrations.design_space import apply_space, attach
+
+peft = pytest.importorskip("peft", reason="LoRA and prefixes need peft: pip install 'sparseft[peft]'")
+
+SPACES = {
+    "bert": Space(("ABS", "LPS"), "uniform"),
+    "gpt2": Space(("ALS", "BPS"), "uniform"),
+    "llama": Space(("ALS", "PS"), "uniform"),
+    "t5": Space(("APS", "LS"), "uniform"),
+}
+HEADS = {"bert": "classifier.*"}
+BUDGET = 4_001
+
+
+def applied(name, **options):
+    model = models.make(name).eval()
+    return model, apply_space(
+        SPACES[name], model, BUDGET, method="random", dense=HEADS.get(name, ()), progress=False, **options
+    )
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_exactly_the_budget_trains_and_nothing_else(name):
+    model, found = applied(name)
+    head = sum(p.numel() for n, p in model.named_parameters() if n.startswith("classifier"))
+    assert found.mask.trained == BUDGET + head
+    assert found.mask.k == sum(part.weights for part in found.plan.parts("S"))
+    before = copy.deepcopy(model.state_dict())
+    model.train()
+    optimizer = sparseft.SparseAdamW(found.mask.param_groups(model), lr=1e-2)
+    for seed in range(3):
+        model(**models.batch(name, seed=seed)).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    changed = 0
+    parameters = dict(model.named_parameters())
+    for key, parameter in parameters.items():
+        where = (parameter != before[key]).reshape(-1).nonzero()[:, 0].tolist()
+        allowed = found.mask[key].tolist() if key in found.mask else range(parameter.numel())
+        assert key in found.mask or key in found.mask.dense or not where, key
+        assert set(where) <= set(allowed), key
+        changed += len(where)
+    # some relus are dead, and the key bias of softmax attention has no gradient
+    assert 0.7 * found.mask.trained < changed <= found.mask.trained
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_compact_gradients_are_those_of_dense_ones(name):
+    model, found = applied(name)
+    with torch.no_grad():
+        for parameter in (model.get_parameter(key) for key in found.mask.dense):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    dense, batch = copy.deepcopy(model), models.batch(name)
+    dense(**batch).loss.backward()
+    want = {key: parameter.grad for key, parameter in dense.named_parameters()}
+    with sparseft.compact_gradients(model, found.mask) as compact:
+        model(**batch).loss.backward()
+        for key, leaf in compact.entries.items():
+            torch.testing.assert_close(leaf.grad, want[key].reshape(-1)[found.mask[key].long()], rtol=1e-4, atol=1e-6)
+        for key in found.mask.dense:
+            torch.testing.assert_close(model.get_parameter(key).grad, want[key], rtol=1e-4, atol=1e-6)
+            assert model.get_parameter(key).grad.abs().sum() > 0 or "key.bias" in key, key
+
+
+@torch.no_grad()  # kernels of attention depend on what has requires_grad
+@pytest.mark.parametrize("name", SPACES)
+def test_a_delta_rebuilds_the_model(name, tmp_path):
+    model, found = applied(name)
+    for key in found.mask.dense:
+        model.get_parameter(key).add_(0.1)
+    for key in found.mask:
+        model.get_parameter(key).view(-1)[found.mask[key].long()] += 0.1
+    sparseft.save_delta(model, found.mask, tmp_path / "delta.safetensors")
+    again = models.make(name).eval()
+    attach(found.plan, again)
+    sparseft.load_delta(again, tmp_path / "delta.safetensors")
+    batch = models.batch(name)
+    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    copied = copy.deepcopy(again)
+    assert torch.equal(copied(**batch).logits, model(**batch).logits)
+    assert all(parameter.requires_grad for parameter in again.parameters()), "attaching freezes nothing"
+    for key in found.mask.dense:
+        again.get_parameter(key).zero_()
+    assert not torch.equal(again(**batch).logits, model(**batch).logits)
+    assert torch.equal(copied(**batch).logits, model(**batch).logits), "a copy uses its own adapters and prefixes"
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_lora_and_adapters_begin_as_the_pretrained_model(name):
+    model = models.make(name).eval()
+    wanted = copy.deepcopy(model)(**models.batch(name)).logits
+    apply_space(Space(("A", "AL"), "uniform"), model, 4_000, remainder="leave")
+    torch.testing.assert_close(model(**models.batch(name)).logits, wanted, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPACES)
+def test_what_is_attached_has_the_dtype_of_its_layer(name):
+    model = models.make(name, dtype=torch.bfloat16).eval()
+    found = apply_space(SPACES[name], model, BUDGET, method="random", progress=False)
+    assert {parameter.dtype for key, parameter in model.named_parameters() if "lora" not in key} == {torch.bfloat16}
+    model(**models.batch(name)).loss.backward()
+    assert all(model.get_parameter(key).grad.isfinite().all() for key in found.mask.dense)
+
+
+def test_what_is_attached_depends_on_the_seed_alone():
+    first, second, third = (models.make("bert") for _ in range(3))
+    for model, seed in ((first, 0), (second, 0), (third, 1)):
+        torch.rand(seed + 1)
+        state = torch.get_rng_state()
+        found = apply_space(SPACES["bert"], model, BUDGET, method="magnitude", seed=seed, progress=False)
+        assert torch.equal(state, torch.get_rng_state())
+    values = [{key: model.get_parameter(key) for key in found.mask.dense} for model in (first, second, third)]
+    assert all(torch.equal(values[0][key], values[1][key]) for key in found.mask.dense)
+    assert not all(torch.equal(values[0][key], values[2][key]) for key in found.mask.dense)
+
+
+def test_lora_has_the_ranks_of_the_plan_and_one_scale():
+    model = models.make("bert")
+    found = apply_space(Space(("L", "L"), "uniform", "increasing"), model, 3_000, remainder="leave", lora_scale=2.0)
+    ranks = [part.size for part in found.plan.parts("L")]
+    assert ranks == [7, 15]
+    for layer, rank in enumerate(ranks):
+        attention = model.bert.encoder.layer[layer].attention.self
+        for module in (attention.query, attention.value):
+            assert module.lora_A["default"].weight.shape == (rank, 32)
+            assert module.scaling["default"] == 2.0
+        assert type(attention.key) is torch.nn.Linear
+
+
+def test_an_adapter_is_its_definition():
+    model = models.make("bert").eval()
+    seen = {}
+    layer = model.bert.encoder.layer[1]
+    handle = layer.register_forward_hook(lambda module, inputs, output: seen.update(plain=output))
+    apply_space(Space(("S", "A"), "uniform", tunable=(2,)), model, 500, remainder="leave")
+    adapter = layer.bottleneck_adapter
+    assert adapter.down.weight.shape == (7, 32)
+    torch.nn.init.normal_(adapter.up.weight)
+    torch.nn.init.normal_(adapter.up.bias)
+    layer.register_forward_hook(lambda module, inputs, output: seen.update(adapted=output))
+    model(**models.batch("bert"))
+    handle.remove()
+    x = seen["plain"][0] if isinstance(seen["plain"], tuple) else seen["plain"]
+    inner = (x @ adapter.down.weight.T + adapter.down.bias).clamp(min=0)
+    wanted = x + inner @ adapter.up.weight.T + adapter.up.bias
+    got = seen["adapted"][0] if isinstance(seen["adapted"], tuple) else seen["adapted"]
+    torch.testing.assert_close(got, wanted)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_prefix_on_every_layer_is_that_of_peft(name):
+    ours, length = models.make(name).eval(), 3
+    width = 16 if name == "llama" else 32
+    apply_space(Space(("P", "P"), "uniform"), ours, 2 * length * 2 * width)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length)
+    theirs = peft.get_peft_model(models.make(name).eval(), config).eval()
+    attentions = [module for module in ours.modules() if hasattr(module, "prefix")]
+    together = torch.cat([module.prefix.embedding.weight for module in attentions], dim=1)
+    theirs.prompt_encoder["default"].embedding.weight.data.copy_(together)
+    inputs = {key: value for key, value in models.batch(name).items() if key != "labels"}
+    mask = inputs["attention_mask"].bool()
+    # by way of the cache, tokens stand behind the prefix
+    positions = (length + torch.arange(mask.shape[1])).expand_as(mask)
+    got = ours(**inputs, position_ids=positions).logits
+    wanted = theirs(**inputs).logits
+    torch.testing.assert_close(got[mask], wanted[mask], rtol=1e-4, atol=1e-5)
+    plain = models.make(name).eval()(**inputs).logits
+    assert (plain[mask] - got[mask]).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama", "t5"])
+def test_the_cache_works_with_prefixes(name):
+    model = models.make(name).eval()
+    apply_space(Space(("P", "P"), "uniform", "increasing"), model, 3_000, remainder="leave")
+    lengths = {len(module.prefix.embedding.weight) for module in model.modules() if hasattr(module, "prefix")}
+    assert len(lengths) == 2
+    ids = models.batch(name)["input_ids"][:1, :5]
+    options = {"max_new_tokens": 6, "do_sample": False, "min_new_tokens": 6}
+    cached = model.generate(ids, use_cache=True, **options)
+    assert torch.equal(cached, model.generate(ids, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize("bias", [False, True])
+def test_attention_to_a_prefix_is_its_definition(grouped, mask, bias):
+    torch.manual_seed(0)
+    samples, heads, kv_heads, queries, keys, dim, length = 2, 4, 2 if grouped else 4, 3, 5, 8, 4
+    module = torch.nn.Module()
+    module.is_causal = mask == "causal"
+    module.num_key_value_groups = heads // kv_heads
+    module.prefix = torch.nn.Module()
+    module.prefix.embedding = torch.nn.Embedding(length, 2 * kv_heads * dim)
+    query = torch.randn(samples, heads, queries, dim)
+    key, value = torch.randn(2, samples, kv_heads, keys, dim)
+    allowed = torch.rand(samples, 1, queries, keys) > 0.3
+    allowed[..., 0] = True
+    if mask == "causal":
+        allowed = (torch.arange(keys) <= torch.arange(queries)[:, None] + keys - queries)[None, None]
+    given = {"none": None, "causal": None, "bool": allowed, "float": torch.where(allowed, 0.0, -math.inf)}[mask]
+    extra = {"position_bias": torch.randn(1, heads, queries, keys)} if bias else {}
+    got, _ = prefix._attend(module, query, key, value, given, scaling=0.5, dropout=0.0, **extra)
+    first = module.prefix.embedding.weight
+    for n in range(samples):
+        for h in range(heads):
+            kv = h // (heads // kv_heads)
+            own = first.view(length, 2, kv_heads, dim)[:, :, kv]
+            ks, vs = torch.cat([own[:, 0], key[n, kv]]), torch.cat([own[:, 1], value[n, kv]])
+            scores = query[n, h] @ ks.T * 0.5
+            if bias:
+                scores[:, length:] += extra["position_bias"][0, h]
+            if mask != "none":
+                scores[:, length:][~allowed[n % len(allowed), 0]] = -math.inf
+            torch.testing.assert_close(got[n, :, h], scores.softmax(-1) @ vs, rtol=1e-5, atol=1e-5)
+
+
+def test_entries_are_those_that_select_chooses_in_the_group():
+    model, plain = models.make("bert"), models.make("bert")
+    data = [models.batch("bert", seed=seed) for seed in range(2)]
+    options = {"progress": False}
+    found = apply_space(Space(("LS", "BS"), "uniform"), model, 2_000, data, method="fish", **options)
+    for part in found.plan.parts("S"):
+        wanted = sparseft.select("fish", plain, data, k=part.weights, include=list(part.names), **options)
+        renamed = {name.replace(".base_layer", ""): name for name in found.mask}
+        for name in wanted:
+            assert torch.equal(wanted[name], found.mask[renamed[name]])
+    assert any(".base_layer.weight" in name for name in found.mask)
+
+
+REFUSALS = [
+    ({"dense": "*query*"}, r"outside the layers too, got \['bert.encoder"),
+    ({"dense": "nothing*"}, "matches no parameter"),
+    ({"method": "fish"}, "needs data"),
+    ({"method": "fish", "data": iter([])}, "read once for each of 2 groups"),
+    ({"method": "magnitude", "samples": 3}, "has no option samples"),
+    ({"lora_targets": ["nowhere"]}, "named .'nowhere'"),
+    ({"budget": 100}, "too few"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), REFUSALS)
+def test_refusals_change_nothing(options, message):
+    model = models.make("bert")
+    before = {name: (value.clone(), value.requires_grad) for name, value in model.named_parameters()}
+    with pytest.raises((ValueError, TypeError), match=message):
+        apply_space(SPACES["bert"], model, **{"budget": BUDGET, "method": "magnitude", "progress": False, **options})
+    after = dict(model.named_parameters())
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[n], v) and after[n].requires_grad == g for n, (v, g) in before.items())
+    assert model.config._attn_implementation == "sdpa"
+
+
+def test_prefixes_need_the_attention_interface():
+    model = models.make("gpt2 eager")
+    with pytest.raises(ValueError, match="attn_implementation='sdpa', got 'eager' in GPT2LMHeadModel"):
+        apply_space(SPACES["gpt2"], model, BUDGET, method="random")
+    assert not any("lora" in name for name, _ in model.named_parameters())
+
+
+def test_a_model_is_adapted_once():
+    model, found = applied("bert")
+    with pytest.raises(ValueError, match="has been adapted before"):
+        apply_space(SPACES["bert"], model, BUDGET, method="random")
+    with pytest.raises(ValueError, match="has been adapted before"):
+        attach(found.plan, model)
+
+
+def test_the_table_counts_what_is_outside():
+    _, found = applied("bert")
+    assert str(found) == f"{found.plan}\n{BUDGET + 99:,} weights train, 99 of them outside the budget"
+
+
+def test_a_space_without_peft_needs_no_peft(monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "peft", None)
+    apply_space(Space(("AS", "BS"), "uniform"), models.make("bert"), 4_000, method="magnitude", progress=False)
+    with pytest.raises(RuntimeError, match=r"pip install 'sparseft\[peft\]'"):
+        apply_space(Space(("LS", "BS"), "uniform"), models.make("bert"), 4_000, method="magnitude", progress=False)
+
+
+def test_plans_do_not_depend_on_the_data():
+    model = models.make("bert")
+    found = plan(SPACES["bert"], model, BUDGET, lora_targets=["query", "value"])
+    assert found == applied("bert")[1].plan
