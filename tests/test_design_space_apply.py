@@ -265,7 +265,7 @@ def test_refusals_change_nothing(options, message):
 
 def test_prefixes_need_the_attention_interface():
     model = models.make("gpt2 eager")
-    with pytest.raises(ValueError, match="attn_implementation='sdpa', got 'eager' in GPT2LMHeadModel"):
+    with pytest.raises(ValueError, match=r"attn_implementation='sdpa', got .'eager'. in GPT2LMHeadModel"):
         apply_space(SPACES["gpt2"], model, BUDGET, method="random")
     assert not any("lora" in name for name, _ in model.named_parameters())
 

@@ -200,8 +200,9 @@ def _default_targets(space: Space, model: Any) -> Sequence[str]:
 def _check_attachable(found: Plan, model: Any) -> None:
     if found.parts("L") or found.parts("P"):
         _check_peft()
-    if found.parts("P"):
-        prefix.check(model)
+    attentions = [name for part in found.parts("P") for name in part.names]
+    if attentions:
+        prefix.check(model, attentions)
 
 
 def _check_peft() -> None:

@@ -7,6 +7,7 @@ puts it before its keys and values: behind the cache, which therefore works as w
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -16,22 +17,22 @@ from torch.nn import functional as F
 _IMPLEMENTATION = "sparseft_prefix"
 
 
-def check(model: Any) -> None:
-    """Raise unless the attentions of a model can take prefixes.
+def check(model: Any, names: Iterable[str]) -> None:
+    """Raise unless attentions of a model can take prefixes.
 
     Raises:
         ValueError: they are not transformers' with scaled_dot_product_attention.
     """
-    found = getattr(getattr(model, "config", None), "_attn_implementation", None)
-    if found != "sdpa" or not hasattr(model, "set_attn_implementation"):
+    found = {model.get_submodule(name).config._attn_implementation for name in names}
+    if found != {"sdpa"} or not model._can_set_attn_implementation():
         raise ValueError(
-            f"prefixes need a model of transformers with attn_implementation='sdpa', got {found!r} in "
+            f"prefixes need a model of transformers with attn_implementation='sdpa', got {sorted(map(str, found))} in "
             f"{type(model).__name__}; load it with that, or leave P out of the space"
         )
 
 
-def attach(model: Any, length: int, names: tuple[str, ...], heads: int, dim: int) -> list[nn.Module]:
-    """Give attentions prefixes that train.
+def attach(model: Any, length: int, names: Iterable[str], heads: int, dim: int) -> None:
+    """Give attentions prefixes: modules `prefix` of theirs, each with one weight [length, 2 * heads * dim].
 
     Args:
         model: of transformers; `check` it first.
@@ -39,9 +40,6 @@ def attach(model: Any, length: int, names: tuple[str, ...], heads: int, dim: int
         names: of the attentions.
         heads: of keys and values.
         dim: features of a head.
-
-    Returns:
-        The prefixes: modules `prefix` of the attentions, each with one weight [length, 2 * heads * dim].
     """
     from peft import PrefixEncoder, PrefixTuningConfig
 
@@ -49,14 +47,12 @@ def attach(model: Any, length: int, names: tuple[str, ...], heads: int, dim: int
     config = PrefixTuningConfig(
         num_virtual_tokens=length, num_layers=1, token_dim=heads * dim, num_attention_heads=heads
     )
-    prefixes = []
     for name in names:
         attention = model.get_submodule(name)
         like = next(attention.parameters())
         attention.prefix = PrefixEncoder(config).to(like.device, like.dtype)
-        prefixes.append(attention.prefix)
-    model.set_attn_implementation(_IMPLEMENTATION)
-    return prefixes
+        # an encoder and a decoder have configs of their own, which not every set_attn_implementation reaches
+        attention.config._attn_implementation = _IMPLEMENTATION
 
 
 def _register() -> None:
