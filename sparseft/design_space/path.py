@@ -1,0 +1,80 @@
+"""The path of a search: every choice and what it was judged by, as a table and as a picture."""
+
+from __future__ import annotations
+
+import os
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from sparseft.design_space.plan import table
+from sparseft.design_space.space import Space
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One choice of one stage.
+
+    Attributes:
+        stage: "grouping", "allocation", "tunable" or "strategies of group 1" and so on.
+        value: a pattern, numbers of groups, or letters of strategies.
+        figures: of the spaces drawn under it; none if none was possible.
+        chosen: whether it was kept.
+    """
+
+    stage: str
+    value: Any
+    figures: tuple[float, ...]
+    chosen: bool = False
+
+    @property
+    def mean(self) -> float:
+        """Mean of the figures."""
+        return statistics.fmean(self.figures)
+
+    @property
+    def label(self) -> str:
+        """The value, for readers."""
+        return self.value if isinstance(self.value, str) else ", ".join(map(str, self.value))
+
+
+@dataclass(frozen=True)
+class SearchPath:
+    """The path of a search. Printed, it is a table.
+
+    Attributes:
+        choices: of every stage, in order.
+        space: what was found.
+    """
+
+    choices: tuple[Choice, ...]
+    space: Space
+
+    def __str__(self) -> str:
+        rows = [("stage", "choice", "spaces", "mean", "standard error", "")]
+        last = ""
+        for choice in self.choices:
+            several = len(choice.figures) > 1
+            error = statistics.stdev(choice.figures) / len(choice.figures) ** 0.5 if several else None
+            rows.append(
+                (
+                    choice.stage if choice.stage != last else "",
+                    choice.label,
+                    str(len(choice.figures)),
+                    f"{choice.mean:.4f}" if choice.figures else "impossible",
+                    f"{error:.4f}" if error is not None else "",
+                    "kept" if choice.chosen else "",
+                )
+            )
+            last = choice.stage
+        return table(rows)
+
+    def plot(self, path: str | os.PathLike[str]) -> None:
+        """Draw the path to a file: a panel a stage, a dot a space, a bar at the mean of each choice.
+
+        Raises:
+            RuntimeError: matplotlib is not installed.
+        """
+        from sparseft.design_space.picture import draw
+
+        draw(self.choices, path)
