@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseft.design_space import Space
 from sparseft.selection import METHODS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -54,3 +55,22 @@ def test_every_method_is_named():
     for name in METHODS:
         assert f'`"{name}"`' in (ROOT / "README.md").read_text()
         assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text()
+
+
+def test_design_spaces_are_applied_and_searched(run):
+    pytest.importorskip("peft", reason="LoRA and prefixes need peft: pip install 'sparseft[peft]'")
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sparseft[plot]'")
+    found = run("docs/design_spaces.md")
+    applied, model, again = found["applied"], found["model"], found["again"]
+    assert applied.plan.weights == found["budget"]
+    assert {part.strategy for group in applied.plan.groups for part in group.parts} == set("ABLPS")
+    assert str(applied) in (ROOT / "docs/design_spaces.md").read_text(), "the page shows another table"
+    batch = {key: value for key, value in next(iter(found["loader"])).items() if key != "labels"}
+    with torch.no_grad():
+        assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
+    path = found["path"]
+    assert Space.load("best.json") == path.space
+    assert Space.load("space.json") == found["space"]
+    evaluations = sum(len(choice.figures) for choice in path.choices)
+    assert len(Path("search.jsonl").read_text().splitlines()) == 1 + evaluations
+    assert Path("search.png").stat().st_size > 10_000
