@@ -1,4 +1,4 @@
-"""Reading and writing files: safetensors only, atomic, and index lists at two bytes an entry."""
+"""Reading and writing files: safetensors, or text, atomic; and index lists at two bytes an entry."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,28 @@ def save(path: str | os.PathLike[str], kind: str, tensors: dict[str, Tensor], he
     Raises:
         OSError: the file could not be written; `path` is untouched.
     """
-    path = Path(path)
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"could not write {path}: there is no folder {path.parent}; make it first")
     plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(header)
     metadata = {"format": f"sparseft {kind} 1", "header": text, "checksum": _checksum(plain, text)}
+    _replace(Path(path), lambda temporary: save_file(plain, temporary, metadata=metadata))
+
+
+def save_text(path: str | os.PathLike[str], text: str) -> None:
+    """Write text to `path` as `save` writes tensors: all of it, or nothing.
+
+    Raises:
+        OSError: the file could not be written; `path` is untouched.
+    """
+    _replace(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Callable[[str], Any]) -> None:
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f"could not write {path}: there is no folder {path.parent}; make it first")
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
     try:
-        save_file(plain, temporary, metadata=metadata)
+        write(temporary)
         with open(temporary, "rb") as written:
             os.fsync(written.fileno())
         os.chmod(temporary, 0o666 & ~_umask())

@@ -6,6 +6,7 @@ import math
 import models
 import pytest
 import torch
+import transformers as tf
 from models import one_thread  # noqa: F401
 
 import sparseft
@@ -138,6 +139,25 @@ def test_lora_has_the_ranks_of_the_plan_and_one_scale():
             assert module.lora_A["default"].weight.shape == (rank, 32)
             assert module.scaling["default"] == 2.0
         assert type(attention.key) is torch.nn.Linear
+
+
+def test_lora_stays_in_its_group_in_a_mixture_of_experts():
+    torch.manual_seed(0)
+    config = tf.MixtralConfig(
+        vocab_size=models.VOCABULARY,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=48,
+        num_local_experts=2,
+    )
+    model = tf.MixtralForCausalLM(config)
+    found = apply_space(Space(("P", "LS"), "uniform"), model, 2_048, method="magnitude", progress=False)
+    assert found.mask.trained == 2_048
+    adapted = [name for name, _ in model.named_parameters() if "lora" in name]
+    assert adapted
+    assert all(name.startswith("model.layers.1.self_attn.") for name in adapted)
 
 
 def test_an_adapter_is_its_definition():

@@ -30,7 +30,7 @@ MAY_CALL = {
     "testing": {"index_lists", "ops", "reference", "testing_optim"},
     "fisher": {"entries", "ops", "products", "reference", "mask", "files"},
     "optim": {"entries", "index_lists", "low_bits", "ops", "mask"},
-    "design_space": {"selection"},
+    "design_space": {"files"},
     "selection": {"entries", "fisher", "mask", "ops", "reference"},
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},

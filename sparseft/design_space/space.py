@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from sparseft import files
 from sparseft.design_space.layers import Layer
 from sparseft.design_space.sizes import ALLOCATIONS, GROUPINGS, check_pattern, group_sizes
 
@@ -108,19 +108,7 @@ class Space:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the space as JSON. Atomic: an older file survives a failure."""
-        path = Path(path)
-        text = json.dumps({"format": _FORMAT, **self.plain()}, indent=2, allow_nan=False) + "\n"
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False, encoding="utf-8"
-        ) as file:
-            try:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-                os.replace(file.name, path)
-            except OSError:
-                Path(file.name).unlink(missing_ok=True)
-                raise
+        files.save_text(path, json.dumps({"format": _FORMAT, **self.plain()}, indent=2, allow_nan=False) + "\n")
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Space:

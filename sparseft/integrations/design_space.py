@@ -112,12 +112,13 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
     """Attach LoRA, prefixes and adapters of a plan to a model, in place: what a saved delta needs to be loaded.
 
     Raises:
-        RuntimeError: peft is missing.
+        RuntimeError: peft is missing, or attached something else than was planned.
         ValueError: the model cannot take what the plan has, or has been adapted before.
     """
     _check_fresh(model)
     _check_attachable(found, model)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
+    before = sum(parameter.numel() for parameter in model.parameters())
     with torch.random.fork_rng(devices):
         torch.manual_seed(seed)
         for part in found.parts("A"):
@@ -127,6 +128,13 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
             for name in part.names:
                 prefix.attach(model, part.size, (name,), *heads_of(model.get_submodule(name)))
         _attach_lora(found, model, lora_scale, lora_dropout)
+    added = sum(parameter.numel() for parameter in model.parameters()) - before
+    planned = sum(part.weights for letter in "ALP" for part in found.parts(letter))
+    if added != planned:
+        raise RuntimeError(
+            f"{added:,} weights were attached to {type(model).__name__} where {planned:,} were planned: peft treats "
+            "this model in a way of its own; leave L out of the space, and load the model anew"
+        )
 
 
 def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
@@ -137,7 +145,8 @@ def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
 
     kinds = {type(model.get_submodule(name)).__name__ for part in found.parts("L") for name in part.names}
     config = LoraConfig(
-        target_modules="|".join(ranks),
+        # whole names, not one pattern: peft reads the parts of a pattern by their last names in some models
+        target_modules=[name for part in found.parts("L") for name in part.names],
         rank_pattern=ranks,
         alpha_pattern={name: scale * rank for name, rank in ranks.items()},
         lora_dropout=dropout,
