@@ -260,11 +260,13 @@ def test_entries_are_those_that_select_chooses_in_the_group():
     assert any(".base_layer.weight" in name for name in found.mask)
 
 
+FEWEST = {"method": "ird", "samples": 16, "min_samples": 4, "evaluator": lambda mask: -float(mask.k)}
 REFUSALS = [
     ({"dense": "*query*"}, r"outside the layers too, got \['bert.encoder"),
     ({"dense": "nothing*"}, "matches no parameter"),
     ({"method": "fish"}, "needs data"),
     ({"method": "fish", "data": iter([])}, "read once for each of 2 groups"),
+    ({**FEWEST, "data": [models.batch("bert", seed=seed) for seed in range(4)]}, "method 'ird' chose"),
     ({"method": "magnitude", "samples": 3}, "has no option samples"),
     ({"lora_targets": ["nowhere"]}, "named .'nowhere'"),
     ({"budget": 100}, "too few"),

@@ -88,18 +88,7 @@ def apply_space(
     found = plan(space, model, budget, lora_targets=targets, stacks=stacks, remainder=remainder)
     outside = _outside(model, found, dense)
     _check_attachable(found, model)
-    sparse = found.parts("S")
-    if isinstance(data, Iterator) and len(sparse) > 1:
-        raise ValueError(
-            f"the data is read once for each of {len(sparse)} groups with selected entries, and an iterator can be "
-            "read once; give a loader or a list of batches"
-        )
-    chosen: dict[str, Tensor] = {}
-    for part in sparse:
-        names = list(part.names)
-        chosen |= dict(
-            select(method, model, data, k=part.weights, include=names, seed=seed, progress=progress, **options)
-        )
+    chosen = _selected(found, model, data, method, seed=seed, progress=progress, **options)
     before = {id(parameter): name for name, parameter in model.named_parameters()}
     attach(found, model, lora_scale=lora_scale, lora_dropout=lora_dropout, seed=seed)
     mask = _mask(found, model, chosen, before, outside, {"method": "design space", "selection": method, "seed": seed})
@@ -135,6 +124,28 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
             f"{added:,} weights were attached to {type(model).__name__} where {planned:,} were planned: peft treats "
             "this model in a way of its own; leave L out of the space, and load the model anew"
         )
+
+
+def _selected(
+    found: Plan, model: nn.Module, data: Iterable[Any] | None, method: str, **options: Any
+) -> dict[str, Tensor]:
+    """Return the index lists of every group with selected entries."""
+    sparse = found.parts("S")
+    if isinstance(data, Iterator) and len(sparse) > 1:
+        raise ValueError(
+            f"the data is read once for each of {len(sparse)} groups with selected entries, and an iterator can be "
+            "read once; give a loader or a list of batches"
+        )
+    chosen: dict[str, Tensor] = {}
+    for part in sparse:
+        mask = select(method, model, data, k=part.weights, include=list(part.names), **options)
+        if mask.k != part.weights:
+            raise ValueError(
+                f"a group is to have {part.weights:,} selected entries, and method {method!r} chose {mask.k:,} of "
+                "them; use one that takes them all"
+            )
+        chosen |= dict(mask)
+    return chosen
 
 
 def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
