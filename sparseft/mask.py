@@ -335,7 +335,8 @@ def match_names(patterns: str | Iterable[str], names: Iterable[str], argument: s
 
 def versions() -> dict[str, str]:
     """Return the versions that belong into what is saved."""
-    return {"sparseft": importlib.metadata.version("sparseft"), "torch": torch.__version__}
+    # torch's is of a class of its own, which a file of plain values cannot have
+    return {"sparseft": importlib.metadata.version("sparseft"), "torch": str(torch.__version__)}
 
 
 def _digest(parameter: Tensor) -> str:

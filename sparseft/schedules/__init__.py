@@ -1,0 +1,6 @@
+"""Choosing anew while training: objects that watch an optimizer's steps and change its mask."""
+
+from sparseft.schedules.base import Schedule
+from sparseft.schedules.refresh import Refresh
+
+__all__ = ["Refresh", "Schedule"]

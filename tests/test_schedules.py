@@ -1,0 +1,272 @@
+"""Every schedule: counts optimizer steps, leaves bad ones out, resumes, refuses what does not fit."""
+
+import copy
+import io
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import sparseft
+from sparseft.schedules import Refresh
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(20, 30), nn.Tanh(), nn.Linear(30, 4)).to(dtype)
+
+
+def batch(step, rows=8):
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(rows, 20, generator=generator), torch.randint(0, 4, (rows,), generator=generator)
+
+
+def backward(model, step, scale=1.0):
+    x, y = batch(step)
+    weight = next(model.parameters())
+    (nn.functional.cross_entropy(model(x.to(weight)).float(), y) * scale).backward()
+
+
+def weights(model):
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def assert_same(one, other):
+    for name, weight in one.named_parameters():
+        assert torch.equal(weight, other.get_parameter(name)), name
+
+
+class Random:
+    """Chooses other random entries at each call, and notes the calls."""
+
+    def __init__(self):
+        self.calls = 0
+
+    def __call__(self, model):
+        assert torch.is_grad_enabled()
+        self.calls += 1
+        return sparseft.select("random", model, density=0.2, seed=self.calls)
+
+
+def refreshing(model, every=2, optimizer=sparseft.SparseAdamW, choose=None, **options):
+    mask = sparseft.select("random", model, density=0.2, seed=100)
+    optimizer = optimizer(mask.param_groups(model), lr=1e-2, **options)
+    return optimizer, Refresh(model, optimizer, mask, every=every, choose=choose or Random())
+
+
+def test_masks_change_after_every_n_steps_and_nothing_else_moves():
+    model = net()
+    optimizer, schedule = refreshing(model, every=3, weight_decay=0.1)
+    masks = [schedule.mask]
+    for step in range(9):
+        before = dict(zip(dict(model.named_parameters()), weights(model), strict=True))
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        for name, parameter in model.named_parameters():
+            moved = (parameter.detach() != before[name]).view(-1).nonzero().flatten().int()
+            # between two choices it is one mask that trains
+            assert torch.equal(moved, masks[-1][name] if name in masks[-1] else moved[:0]), (step, name)
+        if schedule.mask != masks[-1]:
+            masks.append(schedule.mask)
+            assert schedule.steps % 3 == 0
+    assert len(masks) == 4
+    assert (schedule.steps, schedule.skipped) == (9, 0)
+
+
+def test_forwards_accumulation_and_recomputation_are_no_steps():
+    model, other = net(), net()
+    optimizer, schedule = refreshing(model)
+    for step in range(4):
+        for part in range(3):
+            x, y = batch(10 * step + part)
+            hidden = checkpoint(model[0], x, use_reentrant=False)
+            nn.functional.cross_entropy(model[2](model[1](hidden)), y).backward()
+        model(x)
+        assert schedule.steps == step
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.step()  # no gradients: nothing is updated
+    assert schedule.steps == 4
+    assert schedule._choose.calls == 2
+
+    optimizer, _ = refreshing(other)
+    for step in range(4):
+        for part in range(3):
+            backward(other, 10 * step + part)
+        optimizer.step()
+        optimizer.zero_grad()
+    assert_same(model, other)
+
+
+def test_a_closure_is_a_step():
+    model, other = net(), net()
+    optimizer, schedule = refreshing(model)
+    plain, _ = refreshing(other)
+    for step in range(4):
+
+        def closure(step=step):
+            optimizer.zero_grad()
+            backward(model, step, scale=float("nan") if step == 1 else 1.0)
+            return step
+
+        assert optimizer.step(closure) == step
+        if step != 1:
+            plain.zero_grad()
+            backward(other, step)
+            plain.step()
+    assert (schedule.steps, schedule.skipped) == (3, 1)
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_step_with_bad_gradients_changes_nothing_and_is_counted(bad):
+    model, other = net(), net()
+    optimizer, schedule = refreshing(model)
+    plain, _ = refreshing(other)
+    for step in range(6):
+        backward(model, step)
+        if step in (1, 3):
+            chosen = next(iter(schedule.mask))
+            model.get_parameter(chosen).grad.view(-1)[schedule.mask[chosen][-1]] = bad
+        else:
+            backward(other, step)
+            plain.step()
+            plain.zero_grad()
+        optimizer.step()
+        optimizer.zero_grad()
+        assert not hasattr(optimizer, "found_inf")
+    assert (schedule.steps, schedule.skipped) == (4, 2)
+    assert schedule._choose.calls == 2
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("unscale", [False, True])
+def test_steps_that_gradscaler_leaves_out_do_not_count(unscale):
+    model, other = net(), net()
+    optimizer, schedule = refreshing(model)
+    plain, _ = refreshing(other)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(6):
+        x, y = batch(step)
+        loss = nn.functional.cross_entropy(model(x), y) * (float("inf") if step == 3 else 1.0)
+        scaler.scale(loss).backward()
+        if unscale:
+            scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        if step != 3:
+            backward(other, step)
+            plain.step()
+            plain.zero_grad()
+    assert (schedule.steps, schedule.skipped) == (5, 1)
+    assert scaler.get_scale() == 2.0**9
+    for one, two in zip(weights(model), weights(other), strict=True):
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("until", [1, 2, 3])
+def test_a_run_resumes_bit_for_bit(until, dtype):
+    model = net(dtype)
+    optimizer, _ = run = refreshing(model)
+    for step in range(until):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+    file = io.BytesIO()
+    torch.save([model.state_dict(), *(part.state_dict() for part in run)], file)
+
+    file.seek(0)
+    state, optimizer_state, schedule_state = torch.load(file, weights_only=True)
+    other = net(dtype)
+    resumed, schedule = refreshing(other)
+    schedule._choose.calls = until // 2
+    other.load_state_dict(state)
+    schedule.load_state_dict(schedule_state)
+    resumed.load_state_dict(optimizer_state)
+    assert schedule.steps == until
+    for step in range(until, until + 4):
+        for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
+            backward(its_model, step)
+            its_optimizer.step()
+            its_optimizer.zero_grad()
+    assert_same(model, other)
+
+
+def test_a_closed_schedule_lets_the_optimizer_go_on():
+    model = net()
+    optimizer, schedule = refreshing(model)
+    with schedule:
+        backward(model, 0)
+        optimizer.step()
+    for _ in range(3):
+        optimizer.step()
+    assert (schedule.steps, schedule._choose.calls) == (1, 0)
+    again = Refresh(model, optimizer, schedule.mask, every=1, choose=Random())
+    optimizer.step()
+    assert again.steps == 1
+
+
+def test_what_does_not_fit_is_refused():
+    model = net()
+    optimizer, schedule = refreshing(model)
+    mask, other = schedule.mask, sparseft.select("random", model, density=0.2, seed=5)
+    options = {"every": 2, "choose": Random()}
+    with pytest.raises(RuntimeError, match="has a schedule already"):
+        Refresh(model, optimizer, mask, **options)
+    schedule.close()
+    with pytest.raises(ValueError, match="every must be at least 1 optimizer step, got 0"):
+        Refresh(model, optimizer, mask, every=0, choose=Random())
+    with pytest.raises(ValueError, match=r"must train what the schedule begins with, .*other entries of 0.weight"):
+        Refresh(model, optimizer, other, **options)
+    with pytest.raises(ValueError, match=r"got no entries of 0.weight"):
+        Refresh(copy.deepcopy(model), optimizer, mask, **options)
+    with pytest.raises(ValueError, match="the mask is of another model"):
+        Refresh(nn.Linear(3, 4), optimizer, mask, **options)
+    with pytest.raises(TypeError, match="optimizers of this package have, got AdamW"):
+        Refresh(model, torch.optim.AdamW(model.parameters()), mask, **options)
+    with sparseft.compact_gradients(model, mask), pytest.raises(RuntimeError, match="leave compact_gradients first"):
+        Refresh(model, sparseft.SparseAdamW(mask.param_groups(model)), mask, **options)
+    again = Refresh(model, optimizer, mask, **options)
+    with pytest.raises(ValueError, match=r"must be of a Refresh with \{'every': 2\}, got \{'every': 3\}"):
+        again.load_state_dict({**again.state_dict(), "options": {"every": 3}})
+
+
+def test_another_mask_than_the_schedules_is_found_at_the_next_step():
+    model = net()
+    optimizer, schedule = refreshing(model)
+    other = sparseft.select("random", model, density=0.2, seed=5)
+    optimizer.set_mask(other, model)
+    backward(model, 0)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match="trains other entries than its Refresh chose"):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
+    optimizer.set_mask(schedule.mask, model)
+    optimizer.step()
+    assert schedule.steps == 1
+
+
+def test_steps_in_backward_are_refused():
+    model = net()
+    optimizer, _ = refreshing(model)
+    before = weights(model)
+    with sparseft.step_in_backward(optimizer), pytest.raises(RuntimeError, match="this one is taken in backward"):
+        backward(model, 0)
+    assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
+
+
+def test_a_choice_of_other_parameters_is_refused_and_the_step_is_not_lost():
+    model = net()
+    choices = [sparseft.select("random", model, density=0.2, include="0.*"), None]
+    optimizer, schedule = refreshing(model, every=1, choose=lambda model: choices[0])
+    backward(model, 0)
+    with pytest.raises(ValueError, match="must return a mask of the same parameters as before"):
+        optimizer.step()
+    assert schedule.steps == 0
+    choices[0] = sparseft.select("random", model, density=0.2, seed=9)
+    optimizer.step()
+    assert schedule.mask == choices[0]
