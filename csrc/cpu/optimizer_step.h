@@ -62,6 +62,13 @@ inline SPARSEFT_SIMD void prefer_master(const float* __restrict master, const fl
     for (int64_t i = 0; i < n; ++i) weight[i] = rounded[i] == weight[i] ? master[i] : weight[i];
 }
 
+// Where all entries of a parameter are selected, its weights are read and written where they lie.
+inline bool is_whole(const ParameterStep& p) { return p.at.k == p.at.numel; }
+
+inline void* weights_from(const ParameterStep& p, int64_t begin) {
+    return static_cast<char*>(p.at.data) + begin * p.at.element_size;
+}
+
 inline int grad_size(const ParameterStep& p) { return p.grad_dtype == ScalarType::Float ? 4 : 2; }
 
 // Fill the block's weights and gradients, as fp32 and as the rule wants them.
@@ -70,17 +77,22 @@ inline void load_block(const StepEntries& entries, const StepEntries& ahead, flo
     const ParameterStep& next = *ahead.item;
     const int64_t begin = entries.begin, n = entries.n;
     // fp32 is gathered to where it is wanted
-    void* const weight = p.dtype == ScalarType::Float ? block.weight : block.stored;
-    void* const gathered = p.grad_dtype == ScalarType::Float ? block.grad : block.stored_grad;
-    const void* grad = gathered;
+    void* const gathered_weight = p.dtype == ScalarType::Float ? block.weight : block.stored;
+    void* const gathered_grad = p.grad_dtype == ScalarType::Float ? block.grad : block.stored_grad;
+    const void* weight = gathered_weight;
+    const void* grad = gathered_grad;
     const Lines weights_ahead(next.at.data, next.at.element_size, ahead);
     if (p.compact_grad) {
         grad = static_cast<const char*>(p.grad) + begin * grad_size(p);
-        gather_entries(entries, p.at.data, p.at.element_size, weight, weights_ahead);
+        if (is_whole(p)) {
+            weight = weights_from(p, begin);
+        } else {
+            gather_entries(entries, p.at.data, p.at.element_size, gathered_weight, weights_ahead);
+        }
     } else {
         const Lines grads_ahead(next.grad, grad_size(next), ahead);
-        gather_two(entries, p.at.data, p.at.element_size, weight, weights_ahead, p.grad, grad_size(p), gathered,
-                   next.compact_grad ? weights_ahead : grads_ahead);
+        gather_two(entries, p.at.data, p.at.element_size, gathered_weight, weights_ahead, p.grad, grad_size(p),
+                   gathered_grad, next.compact_grad ? weights_ahead : grads_ahead);
     }
     if (grad != block.grad) widen(p.grad_dtype, grad, n, block.grad);
     if (divisor != 1) divide(block.grad, n, divisor);
@@ -123,9 +135,13 @@ inline void round_weights(const ParameterStep& p, int64_t n, Block& block) {
 inline void store_weight(const StepEntries& entries, Block& block) {
     const ParameterStep& p = *entries.item;
     if (p.stochastic) round_weights(p, entries.n, block);
-    const bool wide = p.dtype == ScalarType::Float;
-    if (!wide) narrow(p.dtype, block.weight, entries.n, block.stored);
-    scatter_entries(entries, p.at.data, p.at.element_size, wide ? block.weight : block.stored);
+    if (is_whole(p)) {
+        narrow(p.dtype, block.weight, entries.n, weights_from(p, entries.begin));
+    } else {
+        const bool wide = p.dtype == ScalarType::Float;
+        if (!wide) narrow(p.dtype, block.weight, entries.n, block.stored);
+        scatter_entries(entries, p.at.data, p.at.element_size, wide ? block.weight : block.stored);
+    }
     if (p.master) std::memcpy(p.master + entries.begin, block.weight, entries.n * sizeof(float));
 }
 
