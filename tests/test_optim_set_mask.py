@@ -9,6 +9,7 @@ from optimizers import OPTIMIZERS, OPTIONS, assert_same, train, weights
 import sparseft
 from sparseft import low_bits
 from sparseft.index_lists import positions
+from sparseft.optim.mask_change import Move
 
 every_optimizer = pytest.mark.parametrize("name", OPTIMIZERS)
 
@@ -160,3 +161,20 @@ def test_a_mask_that_does_not_fit_changes_nothing(name):
     assert str(before["param_groups"]) == str(after["param_groups"])
     for key, state in before["state"].items():
         assert all(torch.equal(value, after["state"][key][name]) for name, value in state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize(("old", "new"), [(40, 40), (40, 60), (60, 40), (None, 40), (40, None), (1, 60), (None, None)])
+def test_entries_that_stay_are_found_in_lists_of_any_kind(old, new, dtype):
+    generator = torch.Generator().manual_seed(1)
+
+    def entries(count):
+        if count is None:
+            return torch.randperm(70, generator=generator)[:30].sort().values.to(dtype)
+        return torch.arange(count, dtype=dtype)
+
+    old, new = entries(old), entries(new)
+    move = Move.between(old, new)
+    assert move.stays.tolist() == [entry in set(old.tolist()) for entry in new.tolist()]
+    assert torch.equal(old[move.source], new[move.stays])
+    assert move.nowhere == (old.tolist() == new.tolist())

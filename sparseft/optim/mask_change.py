@@ -43,6 +43,13 @@ class Move:
         """Compare two index lists, both sorted and unique."""
         if not old.numel():
             return cls(torch.zeros_like(new, dtype=torch.bool), new.new_empty(0, dtype=torch.int64), not new.numel())
+        if _is_beginning(old):
+            stays = new < old.numel()
+            return cls(stays, new[stays].long(), torch.equal(old, new))
+        if _is_beginning(new):
+            inside = old[old < new.numel()].long()
+            stays = torch.zeros_like(new, dtype=torch.bool).index_fill_(0, inside, True)
+            return cls(stays, torch.arange(inside.numel(), device=new.device), torch.equal(old, new))
         slot = torch.searchsorted(old, new).clamp_(max=old.numel() - 1)
         stays = old[slot] == new
         return cls(stays, slot[stays], torch.equal(old, new))
@@ -51,6 +58,11 @@ class Move:
         """Return `fresh`, one value an entry of the new list, with the values of entries that stay."""
         fresh[self.stays] = values[self.source]
         return fresh
+
+
+def _is_beginning(positions: Tensor) -> bool:
+    """Return whether a list, sorted and unique, is 0, 1, 2, ...: of all entries, as a rule."""
+    return positions.numel() > 0 and int(positions[-1]) == positions.numel() - 1
 
 
 def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -> list[list[Member]]:
