@@ -51,6 +51,21 @@ def carried_state(
     return carried | (_in_8_bits(moments) if "scales" in state else moments)
 
 
+def fill_state(state: dict[str, Any], other: Mapping[str, Any], names: Sequence[str], slots: Tensor) -> None:
+    """Take another state's values into some slots of a state; step counts stay.
+
+    slots: int64, where in the state the entries of the other are.
+    """
+    for name in state.keys() & other.keys() & {"master", "pretrained"}:
+        state[name][slots] = other[name]
+    names = [name for name in names if name in state and name in other]
+    moments, others = _in_fp32(state, names), _in_fp32(other, names)
+    for name in names:
+        moments[name][slots] = others[name]
+    if "scales" in state:
+        state |= _in_8_bits(moments)
+
+
 def _new_moments(names: Sequence[str], k: int, device: torch.device, bits: int) -> dict[str, Tensor]:
     dtype = torch.uint8 if bits == 8 else torch.float32
     moments = {name: torch.zeros(k, dtype=dtype, device=device) for name in names}

@@ -1,6 +1,7 @@
 """Choosing anew while training: objects that watch an optimizer's steps and change its mask."""
 
 from sparseft.schedules.base import Schedule
+from sparseft.schedules.dps import DPS
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["Refresh", "Schedule"]
+__all__ = ["DPS", "Refresh", "Schedule"]

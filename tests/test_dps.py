@@ -1,0 +1,358 @@
+"""DPS against a loop over dense tensors with explicit masks; what it freezes, keeps, and resumes."""
+
+import io
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import sparseft
+from sparseft.index_lists import positions
+from sparseft.schedules import DPS
+
+STAGES = (3, 4)
+LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.999), 1e-8
+
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(17, 12)
+        self.norm = nn.LayerNorm(12)
+        self.inner = nn.Linear(12, 30)
+        self.head = nn.Linear(30, 4)
+
+    def forward(self, ids):
+        return self.head(torch.tanh(self.inner(self.norm(self.embed(ids))))).mean(1)
+
+
+def net(dtype=torch.float32):
+    torch.manual_seed(0)
+    return Net().to(dtype)
+
+
+def backward(model, step):
+    generator = torch.Generator().manual_seed(step)
+    ids, y = torch.randint(0, 17, (8, 5), generator=generator), torch.randint(0, 4, (8,), generator=generator)
+    nn.functional.cross_entropy(model(ids).float(), y).backward()
+
+
+def adamw(model, **options):
+    return sparseft.SparseAdamW(model.parameters(), lr=LR, weight_decay=DECAY, betas=BETAS, eps=EPS, **options)
+
+
+def run(model, optimizer, steps):
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(one, other):
+    for name, weight in one.named_parameters():
+        assert torch.equal(weight, other.get_parameter(name)), name
+
+
+def plain_adamw(weight, grad, state, active, count):
+    """One AdamW step of the active entries, as its paper has it; the others' moments wait."""
+    mean, square = state
+    mean[active] = BETAS[0] * mean[active] + (1 - BETAS[0]) * grad[active]
+    square[active] = BETAS[1] * square[active] + (1 - BETAS[1]) * grad[active] ** 2
+    step = mean / (1 - BETAS[0] ** count) / ((square / (1 - BETAS[1] ** count)).sqrt() + EPS)
+    weight[active] -= LR * DECAY * weight[active] + LR * step[active]
+
+
+def plain_sgd(weight, grad, state, active, count):
+    (buffer,) = state
+    total = grad + DECAY * weight
+    buffer[active] = total[active] if count == 1 else 0.9 * buffer[active] + total[active]
+    weight[active] -= LR * buffer[active]
+
+
+def largest(scores, density, scope):
+    """Exactly k a tensor, or of all; the first of equal ones."""
+    if scope == "tensor":
+        return {name: largest({name: score}, density, "global")[name] for name, score in scores.items()}
+    every = torch.cat([score.flatten() for score in scores.values()])
+    order = every.argsort(descending=True, stable=True)[: max(1, math.floor(density * every.numel()))]
+    chosen = torch.zeros(every.numel(), dtype=torch.bool).scatter(0, order, True)
+    parts = chosen.split([score.numel() for score in scores.values()])
+    return {name: part.view_as(score) for part, (name, score) in zip(parts, scores.items(), strict=True)}
+
+
+def oracle(model, selectable, density, scope, steps, kept, update):
+    """DPS Dense over dense tensors: every weight, moment and mask at full size. Yields weights after each step."""
+    parameters = dict(model.named_parameters())
+    moments = {name: [torch.zeros_like(p.detach()) for _ in range(kept)] for name, p in parameters.items()}
+    everything = {name: torch.ones_like(p, dtype=torch.bool) for name, p in parameters.items()}
+    scores, chosen = {name: torch.zeros_like(parameters[name].detach()) for name in selectable}, {}
+    for step in range(steps):
+        place = step % sum(STAGES)
+        backward(model, step)
+        active = {**everything, **(chosen if place >= STAGES[0] else {})}
+        for name, parameter in parameters.items():
+            if place < STAGES[0] and name in selectable:
+                scores[name] += parameter.grad**2
+            update(parameter.data, parameter.grad, moments[name], active[name], step + 1)
+            parameter.grad = None
+        if place == STAGES[0] - 1:
+            chosen = largest(scores, density, scope)
+            scores = {name: torch.zeros_like(score) for name, score in scores.items()}
+        yield weights(model), chosen
+
+
+@pytest.mark.parametrize("scope", ["tensor", "global"])
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_three_cycles_are_those_of_a_loop_over_dense_tensors(name, scope):
+    model = net()
+    if name == "adamw":
+        optimizer = adamw(model)
+    else:
+        optimizer = sparseft.SparseSGD(model.parameters(), lr=LR, momentum=0.9, weight_decay=DECAY)
+    schedule = DPS(model, optimizer, 0.3, stage_steps=STAGES, dense="head.*", include="*.weight", scope=scope)
+    selectable = ["embed.weight", "norm.weight", "inner.weight"]
+    update, kept = (plain_adamw, 2) if name == "adamw" else (plain_sgd, 1)
+    steps = 3 * sum(STAGES)
+    compared = 0
+    for step, (expected, chosen) in enumerate(oracle(net(), selectable, 0.3, scope, steps, kept, update)):
+        stage = schedule.stage
+        assert stage == (1 if step % sum(STAGES) < STAGES[0] else 2)
+        run(model, optimizer, [step])
+        for key, weight in weights(model).items():
+            torch.testing.assert_close(weight, expected[key], rtol=1e-4, atol=2e-6, msg=f"{key} at step {step}")
+        if schedule.stage == 2:
+            for key in selectable:
+                entries = chosen[key].flatten().nonzero().flatten().int()
+                assert torch.equal(schedule.mask[key] if key in schedule.mask else entries[:0], entries)
+                compared += 1
+    assert compared == 3 * 3 * STAGES[1]
+    assert schedule.stage == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_stage_two_freezes_what_it_did_not_choose(dtype):
+    model = net(dtype)
+    optimizer = adamw(model)
+    schedule = DPS(model, optimizer, 0.25, stage_steps=STAGES)
+    assert list(schedule.mask) == ["inner.weight", "head.weight"]
+    run(model, optimizer, range(STAGES[0]))
+    before, chosen = weights(model), schedule.mask
+    run(model, optimizer, range(10, 10 + STAGES[1]))
+    for name, weight in weights(model).items():
+        moved = (weight != before[name]).view(-1)
+        if name in chosen:
+            assert chosen[name].numel() == weight.numel() // 4
+            assert not moved[~torch.isin(torch.arange(weight.numel()), chosen[name])].any()
+            assert moved.sum() > (chosen[name].numel() * 0.9 if dtype == torch.float32 else 0)
+        else:
+            assert moved.any(), name
+    run(model, optimizer, [20])
+    assert ((weights(model)["inner.weight"] != before["inner.weight"]).sum()) > before["inner.weight"].numel() * 0.4
+
+
+def spread(parameter, where, values):
+    """Return values by the position of their entries in a parameter, NaN at the others."""
+    return torch.full((parameter.numel(),), float("nan")).index_put((where.long(),), values.float())
+
+
+def left_out(schedule, model):
+    return {
+        (name, key): spread(model.get_parameter(name), where, values)
+        for name, (where, state) in schedule._left_out.items()
+        for key, values in state.items()
+        if key != "step"
+    }
+
+
+def states(optimizer, model):
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {
+        (names[parameter], key): spread(parameter, positions(index, parameter.numel()), values)
+        for group in optimizer.param_groups
+        for parameter, index in zip(group["params"], group["indices"], strict=True)
+        for key, values in optimizer.state[parameter].items()
+        if key != "step"
+    }
+
+
+def test_states_of_what_was_left_out_come_back_as_they_were():
+    model = net(torch.bfloat16)
+    optimizer = adamw(model, decay_to="pretrained")
+    schedule = DPS(model, optimizer, 0.3, stage_steps=STAGES, scope="global", include=["inner.weight", "norm.bias"])
+    for cycle in range(2):
+        first = cycle * sum(STAGES)
+        run(model, optimizer, range(first, first + STAGES[0]))
+        before, chosen = left_out(schedule, model), schedule.mask
+        assert {key for _, key in before} == {"exp_avg", "exp_avg_sq", "master", "pretrained"}
+        run(model, optimizer, range(first + STAGES[0], first + sum(STAGES)))
+        after, kept = states(optimizer, model), 0
+        for key, values in before.items():
+            out = ~values.isnan()
+            assert torch.equal(after[key][out], values[out]), key
+            assert not after[key].isnan().any()
+            kept += int(out.sum()) if key[1] == "exp_avg" else 0
+        assert kept == schedule.mask.n - chosen.k
+    # what decay pulls to is what was there at the beginning, whatever was selected in between
+    first = net(torch.bfloat16).inner.weight.detach().flatten().float()
+    assert torch.equal(states(optimizer, model)["inner.weight", "pretrained"], first)
+
+
+RESUMED = {
+    "fp32": (torch.float32, {}),
+    "bf16 with masters": (torch.bfloat16, {}),
+    "decay to the pretrained": (torch.float32, {"decay_to": "pretrained"}),
+    "states in 8 bits": (torch.float32, {"state_bits": 8}),
+}
+
+
+@pytest.mark.parametrize("until", [2, 3, 5, 7, 9])
+@pytest.mark.parametrize(("dtype", "options"), RESUMED.values(), ids=RESUMED)
+def test_a_run_resumes_bit_for_bit_in_either_stage(until, dtype, options):
+    def make():
+        model = net(dtype)
+        optimizer = adamw(model, **options)
+        return model, optimizer, DPS(model, optimizer, 0.02, stage_steps=STAGES, scope="global", include="*.weight")
+
+    model, optimizer, schedule = make()
+    run(model, optimizer, range(until))
+    file = io.BytesIO()
+    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
+    file.seek(0)
+    other, resumed, its_schedule = make()
+    for part, state in zip((other, its_schedule, resumed), torch.load(file, weights_only=True), strict=True):
+        part.load_state_dict(state)
+    assert (its_schedule.steps, its_schedule.mask) == (until, schedule.mask)
+    run(model, optimizer, range(until, until + 9))
+    run(other, resumed, range(until, until + 9))
+    assert_same(model, other)
+    assert its_schedule.mask == schedule.mask
+
+
+def test_accumulated_gradients_are_squared_once_a_step():
+    model, other = net(), net()
+    optimizer, plain = adamw(model), adamw(other)
+    schedules = [DPS(model, optimizer, stage_steps=STAGES), DPS(other, plain, stage_steps=STAGES)]
+    for step in range(2):
+        for part in range(2):
+            backward(model, 10 * step + part)
+            backward(other, 10 * step + part)
+        model(torch.zeros(1, 2, dtype=torch.int64))
+        optimizer.step()
+        total = {name: parameter.grad.clone() for name, parameter in other.named_parameters()}
+        plain.step()
+        if step == 0:
+            for name, score in schedules[0]._scores.items():
+                torch.testing.assert_close(score, total[name] ** 2)
+        optimizer.zero_grad()
+        plain.zero_grad()
+    assert schedules[0].steps == 2
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("-inf")])
+def test_a_bad_gradient_in_stage_one_is_left_out_of_weights_and_scores(bad):
+    model, other = net(), net()
+    optimizer, plain = adamw(model), adamw(other)
+    schedule, its = DPS(model, optimizer, stage_steps=STAGES), DPS(other, plain, stage_steps=STAGES)
+    run(model, optimizer, [0])
+    backward(model, 1)
+    model.norm.bias.grad[3] = bad
+    optimizer.step()
+    optimizer.zero_grad()
+    run(model, optimizer, [2, 3])
+    run(other, plain, [0, 2, 3])
+    assert (schedule.steps, schedule.skipped, schedule.stage) == (3, 1, 2)
+    assert schedule.mask == its.mask
+    assert schedule.mask.k == 252 + 84
+    assert_same(model, other)
+
+
+def test_scores_are_of_gradients_without_gradscalers_scale():
+    model, other = net(), net()
+    optimizer, plain = adamw(model), adamw(other)
+    schedule, its = DPS(model, optimizer, stage_steps=STAGES), DPS(other, plain, stage_steps=STAGES)
+    optimizer.found_inf, steps = torch.zeros(()), [0, 1]
+    for step in steps:
+        backward(model, step)
+        # a power of two, another one each step
+        optimizer.grad_scale = torch.tensor(2.0 ** (10 + step))
+        for parameter in model.parameters():
+            parameter.grad *= optimizer.grad_scale
+        optimizer.step()
+        optimizer.zero_grad()
+    backward(model, 7)
+    optimizer.found_inf = torch.ones(())
+    optimizer.step()
+    assert float(optimizer.found_inf) == 1
+    run(other, plain, steps)
+    assert (schedule.steps, schedule.skipped) == (2, 1)
+    assert_same(model, other)
+    for name, score in schedule._scores.items():
+        assert torch.equal(score, its._scores[name])
+
+
+def test_scores_take_one_number_an_entry_in_stage_one_and_none_in_stage_two():
+    model = net()
+    optimizer = adamw(model)
+    schedule = DPS(model, optimizer, stage_steps=STAGES)
+    assert {name: (score.dtype, score.numel()) for name, score in schedule._scores.items()} == {
+        "inner.weight": (torch.float32, 360),
+        "head.weight": (torch.float32, 120),
+    }
+    run(model, optimizer, range(STAGES[0]))
+    assert schedule._scores == {}
+    held = sum(left.numel() for left, _ in schedule._left_out.values())
+    assert held + schedule.mask.k == schedule.mask.n
+    run(model, optimizer, range(STAGES[1]))
+    assert schedule._left_out == {}
+
+
+def test_embeddings_that_are_heads_too_are_not_chosen_from():
+    model = net()
+    model.tied = nn.Linear(12, 17, bias=False)
+    model.tied.weight = model.embed.weight
+    schedule = DPS(model, sparseft.SparseSGD(model.parameters(), lr=LR), stage_steps=1)
+    assert list(schedule.mask) == ["inner.weight", "head.weight"]
+    assert "embed.weight" in schedule.mask.dense
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "give either stage_steps or total_steps, got None and None"),
+        ({"stage_steps": 2, "total_steps": 9}, "give either stage_steps or total_steps, got 2 and 9"),
+        ({"stage_steps": 0}, "each stage must have at least one step, got 0 and 0"),
+        ({"stage_steps": (3, 0)}, "each stage must have at least one step, got 3 and 0"),
+        ({"total_steps": -1}, "for a run counted in epochs give its number of optimizer steps"),
+        ({"total_steps": 19}, r"got 0.05 of 19; .* for a short one a larger update_ratio"),
+        ({"stage_steps": 2, "density": 0.0}, r"density must lie in \(0, 1\]"),
+        ({"stage_steps": 2, "scope": "row"}, "scope must be 'global' or 'tensor', got 'row'"),
+        ({"stage_steps": 2, "dense": "*weight"}, "there is nothing to choose from"),
+        ({"stage_steps": 2, "include": "classifier*"}, r"include pattern 'classifier\*' matches no parameter"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
+    model = net()
+    with pytest.raises(ValueError, match=message):
+        DPS(model, adamw(model), **options)
+
+
+def test_an_optimizer_of_a_mask_or_of_another_model_is_refused():
+    model = net()
+    mask = sparseft.select("random", model, density=0.1)
+    with pytest.raises(
+        ValueError, match=r"must train what the schedule begins with, .* other entries of inner.weight"
+    ):
+        DPS(model, sparseft.SparseAdamW(mask.param_groups(model)), stage_steps=2)
+    with pytest.raises(ValueError, match="the optimizer trains no parameter of the model"):
+        DPS(model, adamw(net()), stage_steps=2)
+
+
+def test_total_steps_are_those_of_the_paper():
+    model = net()
+    assert DPS(model, adamw(model), total_steps=690).stage_steps == (34, 34)
