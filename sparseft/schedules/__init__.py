@@ -2,6 +2,7 @@
 
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.dps import DPS
+from sparseft.schedules.dps_mix import DPSMix
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["DPS", "Refresh", "Schedule"]
+__all__ = ["DPS", "DPSMix", "Refresh", "Schedule"]

@@ -13,7 +13,8 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, whole_mask
-from sparseft.selection.top_k import Scope, check_density, top_k
+from sparseft.selection.scopes import Scope, check_groups, layouts
+from sparseft.selection.top_k import check_density, top_k
 
 
 class DPS(Schedule):
@@ -34,13 +35,13 @@ class DPS(Schedule):
     Args:
         model: the pretrained model, as it is going to be trained: in training mode, dropout as the paper has it at 0.
         optimizer: of this package, made from whole parameters: `SparseAdamW(model.parameters(), ...)`.
-        density: how much of each tensor trains in stage two, in (0, 1]. The paper freezes 30 %.
+        density: how much trains in stage two, in (0, 1]. The paper freezes 30 %.
         stage_steps: optimizer steps of a stage, or of each of the two.
         total_steps: in its place, the steps of the whole run: a stage then takes `update_ratio` of them.
         update_ratio: see there; the paper has 0.05.
         include: patterns of the parameters to choose from; by default the weights of linear layers.
         dense: patterns of parameters that always train whole, a new head for instance.
-        scope: "tensor" takes the density of each tensor by itself, as the paper does, "global" of all together.
+        scope: among which entries scores are ranked, as `top_k` has it; those of each tensor, as in the paper.
 
     Raises:
         ValueError: a stage would have no steps, the density is out of range, a pattern matches nothing, or the
@@ -65,8 +66,7 @@ class DPS(Schedule):
         scope: Scope = "tensor",
     ) -> None:
         check_density(density)
-        if scope not in ("global", "tensor"):
-            raise ValueError(f"scope must be 'global' or 'tensor', got {scope!r}")
+        check_groups(scope, None, None, None, counted=True)
         self.stage_steps = _stages(stage_steps, total_steps, update_ratio)
         self.density, self.scope = density, scope
         self._whole = whole_mask(model, optimizer, include, dense, linear_weights(model))
@@ -129,8 +129,16 @@ class DPS(Schedule):
 
     def _ranked(self, scores: dict[str, Tensor]) -> Mask:
         info = {"method": type(self).__name__, "density_asked": self.density, "scope": self.scope, "step": self.steps}
-        whole = self._whole
-        return top_k(scores, self.density, scope=self.scope, dense=whole.dense, aliases=whole.aliases, info=info)
+        whole, views = self._whole, layouts(self.model)
+        return top_k(
+            scores,
+            self.density,
+            scope=self.scope,
+            layouts=views,
+            dense=whole.dense,
+            aliases=whole.aliases,
+            info=info,
+        )
 
     def _freeze(self, mask: Mask) -> None:
         self._left_out = left_out_states(self.optimizer, mask, self.model)

@@ -52,7 +52,7 @@ def whole_mask(
 
 
 def linear_weights(model: nn.Module) -> dict[str, int]:
-    """Return the names of the weights of linear layers, and in which dimension of each the layer's inputs lie.
+    """Return the names of the weights of linear layers, and the dimension of each that counts the layer's inputs.
 
     A weight that a layer of another kind uses too, as a tied embedding does, is none. Nor are those of layers that
     other modules read the weights of, as multi-head attention does.
