@@ -3,6 +3,7 @@
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.dps import DPS
 from sparseft.schedules.dps_mix import DPSMix
+from sparseft.schedules.lt_sft import LTSFT
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["DPS", "DPSMix", "Refresh", "Schedule"]
+__all__ = ["DPS", "DPSMix", "LTSFT", "Refresh", "Schedule"]
