@@ -32,7 +32,7 @@ MAY_CALL = {
     "optim": {"entries", "index_lists", "low_bits", "ops", "mask"},
     "design_space": {"files"},
     "selection": {"entries", "fisher", "mask", "ops", "reference"},
-    "schedules": {"entries", "index_lists", "low_bits", "mask", "optim", "selection"},
+    "schedules": {"entries", "index_lists", "low_bits", "mask", "ops", "optim", "selection"},
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},
     "data": {"files", "fisher"},
