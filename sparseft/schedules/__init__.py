@@ -5,6 +5,7 @@ from sparseft.schedules.dps import DPS
 from sparseft.schedules.dps_mix import DPSMix
 from sparseft.schedules.drop_grow import DropGrow
 from sparseft.schedules.lt_sft import LTSFT
+from sparseft.schedules.mixout import Mixout
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["DPS", "DPSMix", "DropGrow", "LTSFT", "Refresh", "Schedule"]
+__all__ = ["DPS", "DPSMix", "DropGrow", "LTSFT", "Mixout", "Refresh", "Schedule"]

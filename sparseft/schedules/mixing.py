@@ -1,4 +1,4 @@
-"""Layers that compute with weights mixed with those of before, at random; the weights themselves stay as they are."""
+"""Layers that compute with weights mixed with the pretrained ones, at random; the weights stay as they are."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from sparseft.low_bits import mix, mixed_seed
 
 
 class Mixing:
-    """Has layers, in training mode, take a random part of the columns of their weights from the pretrained ones.
+    """Has layers, in training mode, take a random part of their weights from the pretrained ones.
 
-    Of a column of W, all weights out of one input, the layer takes W0 + (W - W0) / (1 - p) with probability 1 - p, and
-    W0 otherwise: W in the mean. Gradients are those of what the layer computes.
+    Of an entry of W, or of a column, all weights out of one input, the layer takes W0 + (W - W0) / (1 - p) with
+    probability 1 - p, and W0 otherwise: W in the mean. Gradients are those of what the layer computes.
 
     A step has one draw a weight, of all its forward passes, recomputed ones included. It follows from the seed, the
     step and the weight's place, so that a resumed run draws the same.
 
     Args:
         model: holds the layers.
-        inputs: parameter name -> the dimension of it that counts the layer's inputs.
-        p: probability that a column is the pretrained one, in [0, 1).
+        inputs: parameter name -> the dimension of it that counts the layer's inputs, where columns are drawn; None
+            where entries are.
+        p: probability that a column or an entry is the pretrained one, in [0, 1).
         seed: of the draws.
         step: returns the optimizer step that forward passes are of, or None while nothing is to be mixed.
 
@@ -34,10 +35,10 @@ class Mixing:
     """
 
     def __init__(
-        self, model: nn.Module, inputs: Mapping[str, int], p: float, seed: int, step: Callable[[], int | None]
+        self, model: nn.Module, inputs: Mapping[str, int | None], p: float, seed: int, step: Callable[[], int | None]
     ) -> None:
         if not 0 <= p < 1:
-            raise ValueError(f"the probability of pretrained columns must lie in [0, 1), got {p}")
+            raise ValueError(f"the probability of pretrained weights must lie in [0, 1), got {p}")
         self.p, self.seed, self._step, self._inputs = p, seed, step, dict(inputs)
         parameters = dict(model.named_parameters())
         self.pretrained = {name: parameters[name].detach().clone() for name in inputs}
@@ -54,9 +55,9 @@ class Mixing:
             handle.remove()
 
     def kept(self, name: str, step: int) -> Tensor:
-        """Return which columns of a weight are its own at a step, bool, in a shape that fits it."""
+        """Return which columns or entries of a weight are its own at a step, bool, in a shape that fits it."""
         weight, inputs = self.pretrained[name], self._inputs[name]
-        shape = [weight.shape[dim] if dim == inputs else 1 for dim in range(weight.dim())]
+        shape = [size if inputs in (dim, None) else 1 for dim, size in enumerate(weight.shape)]
         place = list(self._inputs).index(name)
         generator = torch.Generator(weight.device).manual_seed(mix(mix(mixed_seed(self.seed) ^ step) ^ place))
         return torch.rand(shape, generator=generator, device=weight.device) >= self.p
