@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from sparseft import schedules
 from sparseft.design_space import Space
 from sparseft.selection import METHODS
 
@@ -74,3 +75,8 @@ def test_design_spaces_are_applied_and_searched(run):
     evaluations = sum(len(choice.figures) for choice in path.choices)
     assert len(Path("search.jsonl").read_text().splitlines()) == 1 + evaluations
     assert Path("search.png").stat().st_size > 10_000
+
+
+def test_every_schedule_is_in_the_table():
+    for name in set(schedules.__all__) - {"Schedule"}:
+        assert f"| `{name}` |" in (ROOT / "docs" / "schedules.md").read_text()
