@@ -9,7 +9,7 @@ from torch import nn
 
 import sparseft
 from sparseft.index_lists import positions
-from sparseft.schedules import DPS
+from sparseft.schedules import DPS, DPSMix
 
 STAGES = (3, 4)
 LR, DECAY, BETAS, EPS = 1e-2, 0.1, (0.9, 0.999), 1e-8
@@ -352,6 +352,9 @@ def test_an_optimizer_of_a_mask_or_of_another_model_is_refused():
         ValueError, match=r"must train what the schedule begins with, .* other entries of inner.weight"
     ):
         DPS(model, sparseft.SparseAdamW(mask.param_groups(model)), stage_steps=2)
+    few = {"params": [model.inner.weight, model.inner.bias], "indices": [torch.arange(360), torch.arange(9)]}
+    with pytest.raises(ValueError, match=r"got other entries of inner.bias"):
+        DPS(model, sparseft.SparseAdamW([few]), stage_steps=2)
     with pytest.raises(ValueError, match="the optimizer trains no parameter of the model"):
         DPS(model, adamw(net()), stage_steps=2)
 
@@ -359,3 +362,34 @@ def test_an_optimizer_of_a_mask_or_of_another_model_is_refused():
 def test_total_steps_are_those_of_the_paper():
     model = net()
     assert DPS(model, adamw(model), total_steps=690).stage_steps == (34, 34)
+
+
+@pytest.mark.parametrize("schedule", [DPS, DPSMix])
+def test_a_trainer_with_accumulation_and_checkpointing_takes_its_own_steps(tmp_path, schedule):
+    tf = pytest.importorskip("transformers")
+    model = tf.BertForSequenceClassification(
+        tf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=61)
+    )
+    generator = torch.Generator().manual_seed(0)
+    rows = [
+        {"input_ids": torch.randint(0, 61, (9,), generator=generator), "labels": torch.tensor(i % 2)}
+        for i in range(28)
+    ]
+    optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-3)
+    its = schedule(model, optimizer, 0.5, stage_steps=3, dense="classifier.*")
+    assert "bert.pooler.dense.weight" in its.mask
+    arguments = tf.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model.gradient_checkpointing_enable()
+    trainer = tf.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    assert its.steps == trainer.state.global_step == 4
+    assert (its.stage, its.mask.k) == (2, its.mask.n // 2)

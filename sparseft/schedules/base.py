@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.entries import check_no_entries
+from sparseft.index_lists import count
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.clipping import gradient_norm
@@ -128,13 +129,17 @@ class Schedule:
         """Raise unless the optimizer trains the mask's entries."""
         mask.check(self.model)
         lists, parameters = self._lists_of_optimizer(), dict(self.model.named_parameters())
-        for name in mask:
-            index = lists.get(parameters[name])
-            if index is None or not torch.equal(index.cpu(), mask.index_list(name).cpu()):
+        for name in (*mask, *mask.dense):
+            index, numel = lists.get(parameters[name]), parameters[name].numel()
+            if name in mask.dense:
+                agrees = index is not None and count(index, numel) == numel
+            else:
+                agrees = index is not None and torch.equal(index.cpu(), mask.index_list(name).cpu())
+            if not agrees:
                 raise ValueError(
-                    f"the optimizer must train what the schedule begins with, {mask}, got "
-                    f"{'no entries' if index is None else 'other entries'} of {name}; make the optimizer for it, and "
-                    "the schedule before states are loaded"
+                    f"the optimizer must train what the schedule begins with, {mask.k:,} entries of {len(mask)} "
+                    f"parameters and {len(mask.dense)} whole ones, got {'no' if index is None else 'other'} entries "
+                    f"of {name}; make the optimizer for them, and the schedule before states are loaded"
                 )
 
     def _check_unchanged(self) -> None:

@@ -53,7 +53,9 @@ class Refresh(Schedule):
                 mask = self._choose(self.model)
             if (mask.shapes, mask.dense) != (self.mask.shapes, self.mask.dense):
                 raise ValueError(
-                    f"choose must return a mask of the same parameters as before, {self.mask}, got {mask}; select "
-                    "with the same include, exclude and dense, and freeze nothing in between"
+                    f"choose must return a mask of the same parameters as before, got one that selects from "
+                    f"{len(mask.shapes)} in place of {len(self.mask.shapes)} and trains {len(mask.dense)} in place of "
+                    f"{len(self.mask.dense)} whole, or others; select with the same include, exclude and dense, and "
+                    "freeze nothing in between"
                 )
             self._set_mask(mask)
