@@ -11,29 +11,38 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files, ops  # noqa: F401  (ops registers torch.ops.sparseft)
-from sparseft.mask import Mask
+from sparseft.mask import Mask, fingerprint
 
 _VALUES, _DENSE = "values.", "dense."
 
 
 def save_delta(
-    model: nn.Module, mask: Mask, path: str | os.PathLike[str], info: Mapping[str, Any] | None = None
+    model: nn.Module,
+    mask: Mask,
+    path: str | os.PathLike[str],
+    info: Mapping[str, Any] | None = None,
+    *,
+    check_weights: bool = True,
 ) -> None:
     """Write what it takes to rebuild a fine-tuned model from its base: selected entries and dense parameters.
 
     About 2 bytes an entry for its place and the parameter's own 2 or 4 for its value. Atomic: an older file survives.
+    Buffers are not in it: layers that collect statistics, as batch norms do, must train in evaluation mode.
 
     Args:
         model: the fine-tuned model, as it is now.
-        mask: what was trained.
+        mask: what was trained; after `set_mask`, the union of all masks, the one made of the base first.
         path: the file to write, `.safetensors` by custom.
         info: plain JSON values to keep with the mask's own `info`.
+        check_weights: compare parameters with nothing selected to the fingerprint of the base, which reads them once.
 
     Raises:
-        ValueError: the mask is of another model.
+        ValueError: the mask is of another model, or something outside of it changed; nothing was written.
         OSError: the file could not be written; nothing at `path` was changed.
     """
     mask.check(model)
+    if check_weights:
+        _check_rest(model, mask)
     parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     local = {name: index.to(parameters[name].device) for name, index in mask.items()}
     values = torch.ops.sparseft.gather([parameters[name] for name in local], list(local.values()))
@@ -43,6 +52,19 @@ def save_delta(
     header = mask.header()
     header["info"] = {**mask.info, **(info or {})}
     files.save(path, "delta", tensors, header)
+
+
+def _check_rest(model: nn.Module, mask: Mask) -> None:
+    """Raise if a parameter with nothing selected is not what it was in the base: a delta could not rebuild it."""
+    rest = [name for name in mask.fingerprint if name not in mask]
+    now = fingerprint(model, rest)
+    changed = [name for name in rest if now[name] != mask.fingerprint[name]]
+    if changed:
+        raise ValueError(
+            f"{len(changed)} parameters changed in which nothing is selected, {changed[0]} the first: base and delta "
+            "would not make this model. Optimizers of other packages train whole parameters outside of "
+            "compact_gradients; after set_mask, save the union of the masks; and select in the dtype that is trained"
+        )
 
 
 class Delta:

@@ -112,7 +112,10 @@ class Mask(Mapping[str, Tensor]):
         return f"Mask({how}: {self.k:,} of {self.n:,} entries, density {self.density:.4%}, {len(self)} tensors{dense})"
 
     def union(self, other: Mask) -> Mask:
-        """Return the entries that are in either mask. Both must be of the same parameters."""
+        """Return the entries that are in either mask. Both must be of the same parameters.
+
+        The fingerprint is this mask's: of two that were made in the course of a training, begin with the first one.
+        """
         self._same_parameters(other)
         return self._combined(other, lambda both, counts: both)
 

@@ -1,6 +1,7 @@
 """What compact gradients cannot serve is refused with the reason, and left as it was."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -137,3 +138,22 @@ def test_an_optimizer_made_before_is_refused_and_one_of_all_parameters_is_not(ma
         assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
         make(model.parameters(), lr=0.1).step()
         assert not torch.equal(weights["0.weight"], model.state_dict()["0.weight"])
+
+
+def test_what_was_frozen_when_an_optimizer_was_made_is_not_warned_of():
+    """As the weights beside the leaves are, in the optimizer that refusals advise to make."""
+    model = net()
+    with sparseft.compact_gradients(model, mask_of(model, include="0.weight")), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer = sparseft.SparseAdamW(model.parameters())
+        model(inputs()).sum().backward()
+        optimizer.step()
+
+
+def test_what_was_frozen_since_is_warned_of():
+    model = net()
+    optimizer = sparseft.SparseAdamW(model.parameters())
+    model[0].weight.requires_grad_(False)
+    model(inputs()).sum().backward()
+    with pytest.warns(UserWarning, match=r"a parameter of shape \[24, 12\] with 288 selected entries is frozen"):
+        optimizer.step()

@@ -188,3 +188,17 @@ def test_backward_after_a_swap_is_an_error():
     sparseft.Delta(mask, values, {}).apply(model)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_what_changed_outside_of_the_mask_is_not_left_out_in_silence(tmp_path):
+    model = base_model()
+    mask = sparseft.select("random", model, density=0.1, include="0.weight", progress=False)
+    path = tmp_path / "delta.safetensors"
+    with torch.no_grad():
+        model[2].bias += 1
+    rest = sparseft.select("random", model, density=0.1, include="0.weight", progress=False)
+    with pytest.raises(ValueError, match=r"1 parameters changed in which nothing is selected, 2.bias the first"):
+        sparseft.save_delta(model, mask, path)
+    assert not path.exists()
+    sparseft.save_delta(model, mask, path, check_weights=False)
+    sparseft.save_delta(model, rest, path)

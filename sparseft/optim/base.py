@@ -99,6 +99,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         except (TypeError, ValueError):
             self.param_groups.pop()
             raise
+        # as what compact_gradients leaves out is, among a model's parameters
+        self._frozen = {*getattr(self, "_frozen", ()), *(id(p) for p in group["params"] if not p.requires_grad)}
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -111,9 +113,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        work = []
-        for group in self.param_groups:
-            work.append(trained(group))
+        work = self.trained()
         norm = None
         if any(group["max_norm"] is not None for group in self.param_groups):
             norm = gradient_norm((found.grads, found.indices, found.k) for found in work)
@@ -123,6 +123,10 @@ class SparseOptimizer(torch.optim.Optimizer):
                 self._group_step(group, found, place, norm)
             place += len(group["params"])
         return loss
+
+    def trained(self) -> list[Trained]:
+        """Return what a step of each group works on now."""
+        return [trained(group, getattr(self, "_frozen", ())) for group in self.param_groups]
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; the leaf of a bf16 or fp16 parameter is in it as the `master` that it doubles as."""

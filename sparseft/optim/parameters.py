@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -63,8 +63,11 @@ class Trained:
         return [entries(param, index) for param, index in zip(self.params, self.indices, strict=True)]
 
 
-def trained(group: Mapping[str, Any]) -> Trained:
-    """Return what a step works on; warn of selected entries that are frozen."""
+def trained(group: Mapping[str, Any], frozen: Collection[int]) -> Trained:
+    """Return what a step works on; warn of selected entries that were frozen since they were added.
+
+    frozen: ids of the parameters that were so before.
+    """
     found = Trained()
     for place, (param, index) in enumerate(zip(group["params"], group["indices"], strict=True)):
         grad = param.grad
@@ -73,7 +76,9 @@ def trained(group: Mapping[str, Any]) -> Trained:
             found.grads.append(grad)
             found.indices.append(index)
             found.places.append(place)
-        elif not param.requires_grad and entries_of(param) is None and entries(param, index):
+        elif (
+            not param.requires_grad and id(param) not in frozen and entries_of(param) is None and entries(param, index)
+        ):
             warnings.warn(
                 f"a parameter of shape {list(param.shape)} with {entries(param, index)} selected entries is frozen "
                 "(requires_grad=False) and does not train; unfreeze it, or select again without it",

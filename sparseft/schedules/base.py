@@ -15,7 +15,6 @@ from sparseft.index_lists import count
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.clipping import gradient_norm
-from sparseft.optim.parameters import trained
 from sparseft.schedules.masks import mask_from_state, mask_state
 
 if TYPE_CHECKING:
@@ -176,8 +175,7 @@ class Schedule:
     @torch.no_grad()
     def _judge(self) -> None:
         """Find out whether the step counts, and have the optimizer leave it out if it must not be taken."""
-        work = [trained(group) for group in self.optimizer.param_groups]
-        norm = gradient_norm((found.grads, found.indices, found.k) for found in work)
+        norm = gradient_norm((found.grads, found.indices, found.k) for found in self.optimizer.trained())
         self._found_inf = getattr(self.optimizer, "found_inf", None)
         if norm is None:
             self._step_is_good = None
