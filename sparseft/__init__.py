@@ -6,7 +6,9 @@ optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=3e-3)
 sparseft.save_delta(model, mask, "delta.safetensors")
 """
 
+import importlib
 import importlib.metadata
+from typing import Any
 
 from sparseft.compact import CompactGradients, compact_gradients
 from sparseft.delta import AppliedDelta, Delta, load_delta, save_delta
@@ -28,12 +30,23 @@ __all__ = [
     "SparseLion",
     "SparseSGD",
     "compact_gradients",
+    "data",
+    "design_space",
     "estimate_fisher",
     "ird_search",
     "load_delta",
     "sample_gradients",
     "save_delta",
+    "schedules",
     "select",
     "step_in_backward",
     "top_k",
 ]
+
+_ROOMS = ("data", "design_space", "schedules")  # imported when they are asked for: not every start needs them
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ROOMS:
+        return importlib.import_module(f"sparseft.{name}")
+    raise AttributeError(f"module 'sparseft' has no attribute {name!r}")
