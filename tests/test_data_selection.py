@@ -49,6 +49,17 @@ def test_embeddings_of_any_length():
     torch.testing.assert_close(embedding_kernel(rows), wanted)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+def test_embeddings_may_be_of_numpy(dtype):
+    rows = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(embedding_kernel(rows.numpy()), embedding_kernel(rows))
+    assert torch.equal(embedding_kernel(rows, rows[:2].numpy()), embedding_kernel(rows, rows[:2]))
+    with pytest.raises(TypeError, match="targets must be a matrix of torch or numpy, got list"):
+        embedding_kernel(rows, rows.tolist())
+    with pytest.raises(TypeError, match=r"must be of floating point, got torch\.int64"):
+        embedding_kernel(rows.long().numpy())
+
+
 def test_embeddings_that_are_none_are_refused():
     rows = torch.randn(4, 3)
     rows[2, 1] = torch.inf
@@ -243,10 +254,20 @@ def test_chosen_samples_feed_selection_and_training():
 
 def test_kernels_that_do_not_fit_are_refused():
     kernel = utilities(5, 5)
-    with pytest.raises(ValueError, match="query must have a column for each of the 5 samples"):
+    with pytest.raises(
+        ValueError, match=r"query must be \[task, pool\], with a column for each of the 5 samples of kernel"
+    ):
         task_specific(kernel, 2, query=utilities(3, 4))
-    with pytest.raises(ValueError, match="conditioning must have a column"):
+    with pytest.raises(
+        ValueError, match=r"known must be \[earlier samples, pool\].* 5 samples of kernel, got \[3, 4\]$"
+    ):
         continual(kernel, 2, known=utilities(3, 4))
+    with pytest.raises(ValueError, match=r"got \[5, 3\]; it looks turned around: the columns of known are the pool"):
+        continual(kernel, 2, known=utilities(5, 3))
+    with pytest.raises(ValueError, match=r"known must .* got \[0, 5\]; use instruction_tuning"):
+        continual(kernel, 2, known=utilities(0, 5))
+    with pytest.raises(ValueError, match=r"query must .* got \[0, 5\]; a task without samples"):
+        task_specific(kernel, 2, query=utilities(0, 5))
     with pytest.raises(ValueError, match="budget must be from 1 to the 5 candidates"):
         instruction_tuning(kernel, 6)
     with pytest.raises(TypeError, match="must be float32"):
@@ -260,5 +281,44 @@ def test_kernels_that_do_not_fit_are_refused():
         lambda: task_specific(utilities(5, 5), 2, query=kernel),
         lambda: continual(utilities(5, 5), 2, known=kernel),
     ):
-        with pytest.raises(ValueError, match="must be finite, got NaN"):
+        with pytest.raises(
+            ValueError, match=r"(kernel|query|known) must be finite, got NaN or infinities in rows \[1\]"
+        ):
             call()
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (3, 5)], ids=str)
+def test_a_kernel_of_a_task_is_not_one_of_a_pool(shape):
+    got = rf"kernel must be square, \[pool, pool\], so \[{shape[0]}, {shape[0]}\] .* got \[{shape[0]}, {shape[1]}\]"
+    kernel = utilities(*shape)
+    with pytest.raises(ValueError, match=got + ".*goes to task_specific"):
+        instruction_tuning(kernel, 2)
+    with pytest.raises(ValueError, match=got + ".*goes to task_specific"):
+        continual(kernel, 2, known=utilities(4, shape[1]))
+    with pytest.raises(ValueError, match=got + ".*is used without query"):
+        task_specific(kernel, 2, query=utilities(4, shape[1]))
+    assert len(task_specific(kernel, 2)) == 2
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_errors_speak_of_what_was_given(name):
+    kernel, other = utilities(8, 8), utilities(3, 8)
+    with pytest.raises(ValueError, match='negative must be "shift" or "clip", got \'abs\''):
+        STAGES[name](kernel, other, 1.0, negative="abs")
+    with pytest.raises(TypeError, match=r"kernel must be a torch tensor, got ndarray; see torch\.as_tensor"):
+        STAGES[name](kernel.numpy(), other, 1.0)
+    if name in ("pool", "continual"):
+        given = {"pool": "query", "continual": "known"}[name]
+        with pytest.raises(TypeError, match=f"{given} must be a torch tensor, got ndarray"):
+            STAGES[name](kernel, other.numpy(), 1.0)
+        with pytest.raises(TypeError, match=rf"{given} must be float32, got torch\.float64"):
+            STAGES[name](kernel, other.double(), 1.0)
+
+
+def test_what_was_chosen_is_shown_in_one_line():
+    found = instruction_tuning(embedding_kernel(torch.rand(300, 4, generator=torch.Generator().manual_seed(0))), 100)
+    first = ", ".join(map(str, found.indices[:5]))
+    shown = f"ChosenSamples(100 samples: {first}, ...; value {found.value:.4g}, stage instruction_tuning)"
+    assert repr(found) == str(found) == shown
+    few = task_specific(torch.eye(2), 2)
+    assert repr(few) == "ChosenSamples(2 samples: 0, 1; value 4, stage task_specific)"

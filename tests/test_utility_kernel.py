@@ -301,9 +301,10 @@ def test_bad_samples_and_options_are_refused():
     for bad, error, message in (
         ([], ValueError, "examples must hold at least one sample"),
         ([("a", "b"), ("a", " ")], ValueError, r"empty ones at \[1\]"),
-        (["ab"], TypeError, r"examples\[0\] must be a pair"),
-        ([("a", None)], TypeError, r"examples\[0\] must be a pair"),
-        ([("a", "b", "c")], TypeError, r"examples\[0\] must be a pair"),
+        (["ab"], TypeError, r"examples\[0\] must be a pair .* got a str$"),
+        ([{"prompt": "a"}], TypeError, r"examples\[0\] must be a pair .* got a dict$"),
+        ([("a", None)], TypeError, r"examples\[0\] must be a pair .* got a tuple of str and NoneType$"),
+        ([("a", "b", "c")], TypeError, r"examples\[0\] must be a pair .* got a tuple of 3$"),
     ):
         with pytest.raises(error, match=message):
             utility_kernel(model, tokenizer, bad)
@@ -317,6 +318,98 @@ def test_bad_samples_and_options_are_refused():
         utility_kernel(model, characters(bos=False), [("a", "b")], prompts=Prompts(alone="", guided=""))
     with pytest.raises(ValueError, match="query and response must have tokens, got none of target 0"):
         utility_kernel(model, tokenizer, [("", "b")], prompts=Prompts("r", "e", query="{prompt}", answer=""))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ({"example": "{prompt}"}, r"prompts\.example must contain {prompt} and {response}.* without {response}$"),
+        ({"example": "Q: A:"}, r"got 'Q: A:' without {prompt} and {response}$"),
+        ({"query": "{response}"}, r"prompts\.query must contain {prompt},.* got '{response}' without {prompt}$"),
+        ({"query": "{Prompt}"}, r"without {prompt}$"),
+    ],
+)
+def test_words_without_a_place_for_a_sample_are_refused(words, message):
+    with pytest.raises(ValueError, match=message):
+        Prompts(**words)
+
+
+def test_words_that_are_no_text_are_refused():
+    with pytest.raises(TypeError, match=r"prompts\.answer must be a text, got NoneType"):
+        Prompts(answer=None)
+
+
+def test_what_is_no_model_or_tokenizer_is_named():
+    model, tokenizer, pool = make(llama), characters(), samples(3)
+    with pytest.raises(TypeError, match=r"tokenizer must be .* got NoneType without encode and eos_token_id"):
+        utility_kernel(model, None, pool)
+    with pytest.raises(TypeError, match=f"model must be a torch module, got {type(tokenizer).__name__}"):
+        utility_kernel(tokenizer, model, pool)
+
+
+@pytest.mark.parametrize("place", ["example 1", "target 2", "prompts.guided"])
+def test_a_token_that_the_model_does_not_know_is_named(place, tmp_path, monkeypatch):
+    """Before it reads anything, and before a folder is made for what it reads."""
+    model, tokenizer, pool, task = make(llama), characters(), samples(3), samples(3, seed=1)
+    tokenizer.add_tokens(["#"])
+    added = tokenizer.convert_tokens_to_ids("#")
+    assert added == VOCABULARY
+    monkeypatch.setattr(model, "forward", None)
+    words = SHORT
+    if place == "example 1":
+        pool[1] = ("a#", "b")
+    elif place == "target 2":
+        task[2] = ("a", "b#")
+    else:
+        words = Prompts("r:", "e#:", SHORT.example, SHORT.query, ":")
+    message = f"vocabulary of {VOCABULARY}, got {added} in {place}; "
+    with pytest.raises(ValueError, match=message):
+        utility_kernel(model, tokenizer, pool, task, prompts=words, checkpoint=tmp_path / "rows")
+    assert not list(tmp_path.iterdir())
+
+
+class Called(torch.nn.Module):
+    """A model that is called as those of transformers are, and says less of itself."""
+
+    def __init__(self, model, config):
+        super().__init__()
+        self.inner = model
+        if config:
+            self.config = model.config
+
+    def forward(self, **kwargs):
+        return self.inner(**kwargs)
+
+
+def test_a_model_that_does_not_show_its_embeddings():
+    model, tokenizer, pool = make(llama), characters(), samples(3)
+    wanted = oracle(model, tokenizer, pool, pool)
+    for config in (False, True):
+        assert_equal(utility_kernel(Called(model, config), tokenizer, pool, prompts=SHORT), wanted)
+    tokenizer.add_tokens(["#"])
+    with pytest.raises(ValueError, match=f"vocabulary of {VOCABULARY}, got {VOCABULARY} in example 0"):
+        utility_kernel(Called(model, config=True), tokenizer, [("#", "a")], prompts=SHORT)
+
+
+def test_tokens_that_were_added_to_both_are_read():
+    model, tokenizer, pool = make(llama), characters(), [("a#", "b"), ("c", "d#")]
+    tokenizer.add_tokens(["#"])
+    model.resize_token_embeddings(VOCABULARY + 1, mean_resizing=False)
+    assert_equal(utility_kernel(model, tokenizer, pool, prompts=SHORT), oracle(model, tokenizer, pool, pool))
+
+
+def test_without_an_end_token_none_is_counted():
+    model, tokenizer, pool = make(llama), characters(), samples(4)
+    with_end = utility_kernel(model, tokenizer, pool, prompts=SHORT, measure="likelihood")
+    tokenizer.eos_token = None
+    without = utility_kernel(model, tokenizer, pool, prompts=SHORT, measure="likelihood")
+    assert not torch.allclose(without, with_end)
+    (source, answer), (query, response) = pool[0], pool[1]
+    ending = tokenizer.encode(response, add_special_tokens=False)
+    model.eval()
+    alone = distance(model, tokenizer.encode(f"r:{query}:"), ending, "likelihood")
+    guided = distance(model, tokenizer.encode(f"e:{source}.{answer}\n{query}:"), ending, "likelihood")
+    assert float(without[0, 1]) == pytest.approx(alone - guided, abs=1e-5)
 
 
 def test_utilities_that_are_not_finite_are_named():

@@ -14,6 +14,7 @@ from sparseft.data.greedy import Greedy
 from sparseft.data.objectives import Coverage
 
 _NAMED = 3  # samples that a reason names
+_SHOWN = 5  # indices in a repr
 
 
 class Reason(NamedTuple):
@@ -37,7 +38,7 @@ class Reason(NamedTuple):
         return f"gain {self.gain:.4g}; stands for {self.represents} samples, most of all for {named}"
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class ChosenSamples:
     """Samples of a pool, in the order in which they were chosen: the first k are the choice for a budget of k.
 
@@ -59,6 +60,12 @@ class ChosenSamples:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+    def __repr__(self) -> str:
+        """Return how many there are, the first of them, their value and the stage, in one line."""
+        first = ", ".join(map(str, self.indices[:_SHOWN])) + (", ..." if len(self) > _SHOWN else "")
+        stage = self.info.get("stage", "unknown")
+        return f"ChosenSamples({len(self)} samples: {first}; value {self.value:.4g}, stage {stage})"
 
     @classmethod
     def made(

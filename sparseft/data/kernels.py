@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from sparseft.fisher import sample_gradients
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 _ROWS = 4096  # of the kernel, computed at a time
 
 
-def embedding_kernel(examples: Tensor, targets: Tensor | None = None) -> Tensor:
+def embedding_kernel(examples: Tensor | NDArray[Any], targets: Tensor | NDArray[Any] | None = None) -> Tensor:
     """Return (1 + cosine) / 2 of each example's embedding and each target's, fp32 [examples, targets], on the CPU.
 
     An embedding of zeros has a cosine of 0 with every other, itself included.
 
     Args:
-        examples: floating point [examples, features], of any model.
+        examples: floating point [examples, features], of any model, in torch or numpy.
         targets: [targets, features]; by default the examples.
 
     Raises:
-        TypeError: they are not of floating point.
+        TypeError: they are not of floating point, or neither of torch nor of numpy.
         ValueError: not matrices of as many features, or not finite.
     """
-    targets = examples if targets is None else targets
+    examples = _tensor("examples", examples)
+    targets = examples if targets is None else _tensor("targets", targets)
     for name, embeddings in (("examples", examples), ("targets", targets)):
         if not embeddings.is_floating_point():
             raise TypeError(f"{name} must be of floating point, got {embeddings.dtype}; convert with .float()")
@@ -94,6 +98,12 @@ def _gradients(
             f"every sample must have a finite gradient, {name} {found.report.dropped[:5]} have none; leave these out"
         )
     return found.columns
+
+
+def _tensor(name: str, embeddings: Tensor | NDArray[Any]) -> Tensor:
+    if not hasattr(embeddings, "shape"):
+        raise TypeError(f"{name} must be a matrix of torch or numpy, got {type(embeddings).__name__}")
+    return torch.as_tensor(embeddings)
 
 
 def _scaled(embeddings: Tensor) -> Tensor:

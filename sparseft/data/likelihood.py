@@ -128,8 +128,23 @@ def context_length(model: nn.Module) -> float:
     return length if isinstance(length, int) and length > 0 else math.inf
 
 
+def vocabulary_size(model: nn.Module) -> float:
+    """Return how many tokens a model knows, by its embeddings or its configuration; infinity if neither says."""
+    try:
+        size = getattr(model.get_input_embeddings(), "num_embeddings", None)  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        size = None
+    if size is None:
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        size = getattr(config, "vocab_size", None)
+    return size if isinstance(size, int) else math.inf
+
+
 def check_causal(model: nn.Module) -> None:
-    """Raise if a model says that it has an encoder, or has no parameter."""
+    """Raise if a model is none, says that it has an encoder, or has no parameter."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch module, got {type(model).__name__}")
     config = getattr(model, "config", None)
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(

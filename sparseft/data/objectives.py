@@ -193,8 +193,7 @@ def nonnegative(*similarities: Tensor, how: str = "shift") -> list[Tensor]:
 
 def check_similarity(name: str, similarity: Tensor, like: Tensor | None = None) -> None:
     """Raise unless it is an fp32 matrix with rows and columns, as many columns as `like`."""
-    if similarity.dtype != torch.float32:
-        raise TypeError(f"{name} must be float32, got {similarity.dtype}; convert it with .float()")
+    check_fp32(name, similarity)
     if similarity.dim() != 2 or not similarity.numel():
         raise ValueError(
             f"{name} must be [examples, samples] with at least one of each, got {list(similarity.shape)}; an empty "
@@ -207,6 +206,14 @@ def check_similarity(name: str, similarity: Tensor, like: Tensor | None = None) 
         )
     if like is not None and not (similarity.isfinite().all() and bool((similarity >= 0).all())):
         raise ValueError(f"{name} must be finite and not negative; shift or clip it with sparseft.data.nonnegative")
+
+
+def check_fp32(name: str, kernel: Tensor) -> None:
+    """Raise unless it is an fp32 tensor."""
+    if not isinstance(kernel, Tensor):
+        raise TypeError(f"{name} must be a torch tensor, got {type(kernel).__name__}; see torch.as_tensor")
+    if kernel.dtype != torch.float32:
+        raise TypeError(f"{name} must be float32, got {kernel.dtype}; convert it with .float()")
 
 
 def check_weight(name: str, value: float) -> None:

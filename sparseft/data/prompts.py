@@ -27,6 +27,10 @@ class Prompts:
         example: an example.
         query: what follows either, the query itself; not empty.
         answer: ends a prompt, before the response. With a chat template, which has words of its own, it is left out.
+
+    Raises:
+        TypeError: words that are no text.
+        ValueError: an example that would lack its prompt or response, or a query that would lack its prompt.
     """
 
     alone: str = "Respond to the query."
@@ -34,6 +38,19 @@ class Prompts:
     example: str = "{prompt}\n{response}"
     query: str = "\n\nQuery:\n{prompt}"
     answer: str = "\n\nResponse:\n"
+
+    def __post_init__(self) -> None:
+        for name, words in vars(self).items():
+            if not isinstance(words, str):
+                raise TypeError(f"prompts.{name} must be a text, got {type(words).__name__}")
+        for name, wanted in (("example", ("{prompt}", "{response}")), ("query", ("{prompt}",))):
+            words = getattr(self, name)
+            missing = [mark for mark in wanted if mark not in words]
+            if missing:
+                raise ValueError(
+                    f"prompts.{name} must contain {' and '.join(wanted)}, where a sample's words go, got {words!r} "
+                    f"without {' and '.join(missing)}"
+                )
 
 
 class Target(NamedTuple):
@@ -59,7 +76,8 @@ class Encoder:
         tokenizer: of transformers, or one with its `encode`, `eos_token_id`, and for chats `apply_chat_template`.
         prompts: the words around samples.
         chat: use the tokenizer's chat template: one turn of the user, answered by the response and what the template
-            puts after it. None does so if there is a template. Without, the response ends with the end token.
+            puts after it. None does so if there is a template. Without, the response ends with the end token, if the
+            tokenizer has one.
         alone: tokens before a query without an example.
         guided: tokens before an example.
     """
@@ -73,6 +91,12 @@ class Encoder:
     _end: list[int] = field(init=False)
 
     def __post_init__(self) -> None:
+        missing = [name for name in ("encode", "eos_token_id") if not hasattr(self.tokenizer, name)]
+        if missing:
+            raise TypeError(
+                f"tokenizer must be one of transformers, or have their encode and eos_token_id, got "
+                f"{type(self.tokenizer).__name__} without {' and '.join(missing)}"
+            )
         template = getattr(self.tokenizer, "chat_template", None)
         if self.chat and template is None:
             raise ValueError("chat=True needs a tokenizer with a chat template, got one without; use chat=False")
@@ -135,9 +159,7 @@ def checked(name: str, samples: Sequence[Any]) -> list[Sample]:
             or len(sample) != 2
             or not all(isinstance(text, str) for text in sample)
         ):
-            raise TypeError(
-                f"{name}[{position}] must be a pair (prompt, response) of texts, got {type(sample).__name__}"
-            )
+            raise TypeError(f"{name}[{position}] must be a pair (prompt, response) of texts, got {_described(sample)}")
         found.append(Sample(*sample))
     if not found:
         raise ValueError(f"{name} must hold at least one sample, got none")
@@ -148,6 +170,15 @@ def checked(name: str, samples: Sequence[Any]) -> list[Sample]:
             f"{' and elsewhere' if len(empty) > 5 else ''}; leave these out"
         )
     return found
+
+
+def _described(sample: Any) -> str:
+    kind = type(sample).__name__
+    if isinstance(sample, str) or not isinstance(sample, Sequence):
+        return f"a {kind}"
+    if len(sample) != 2:
+        return f"a {kind} of {len(sample)}"
+    return f"a {kind} of {' and '.join(type(text).__name__ for text in sample)}"
 
 
 def _filled(words: str, sample: Sample) -> str:

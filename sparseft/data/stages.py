@@ -6,8 +6,9 @@ the paper's, `embedding_kernel` or `fisher_kernel`. Source: arXiv 2411.04425.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
+import torch
 from torch import Tensor
 
 from sparseft.data.chosen import ChosenSamples, owners
@@ -18,6 +19,7 @@ from sparseft.data.objectives import (
     Objective,
     PoolMutualInformation,
     QueryMutualInformation,
+    check_fp32,
     nonnegative,
 )
 
@@ -37,9 +39,10 @@ def instruction_tuning(
 
     Raises:
         TypeError: a kernel that is not fp32.
-        ValueError: a kernel with NaN or without rows; a budget that cannot be met.
+        ValueError: a kernel with NaN, without rows or not square; a budget that cannot be met.
     """
-    (similarity,) = nonnegative(kernel, how=negative)
+    _check_pool(kernel, "a kernel [pool, task] goes to task_specific")
+    (similarity,) = _similarities(negative, kernel=kernel)
     options = {"negative": negative, "stop_at_zero": stop_at_zero}
     return _chosen("instruction_tuning", FacilityLocation(similarity), kernel, budget, options)
 
@@ -74,9 +77,12 @@ def task_specific(
     """
     options = {"negative": negative, "stop_at_zero": stop_at_zero, "eta": eta}
     if query is None:
-        (similarity,) = nonnegative(kernel, how=negative)
+        _check_matrix("kernel", kernel, "[pool, task]")
+        (similarity,) = _similarities(negative, kernel=kernel)
         return _chosen("task_specific", QueryMutualInformation(similarity, eta), kernel, budget, options)
-    similarity, other = nonnegative(kernel, query, how=negative)
+    _check_pool(kernel, "a kernel [pool, task] is used without query")
+    _check_beside("query", query, kernel, "[task, pool]", "; a task without samples says nothing")
+    similarity, other = _similarities(negative, kernel=kernel, query=query)
     return _chosen("task_specific", PoolMutualInformation(similarity, other, eta), kernel, budget, options)
 
 
@@ -103,9 +109,54 @@ def continual(
         TypeError: as for `instruction_tuning`.
         ValueError: as for `instruction_tuning`; kernels that do not fit each other; no earlier samples.
     """
-    similarity, other = nonnegative(kernel, known, how=negative)
+    _check_pool(kernel, "a kernel [pool, task] goes to task_specific")
+    _check_beside("known", known, kernel, "[earlier samples, pool]", "; use instruction_tuning if there are none")
+    similarity, other = _similarities(negative, kernel=kernel, known=known)
     options = {"negative": negative, "stop_at_zero": stop_at_zero, "nu": nu}
     return _chosen("continual", ConditionalGain(similarity, other, nu), kernel, budget, options)
+
+
+def _check_matrix(name: str, kernel: Tensor, shape: str, empty: str = "") -> None:
+    check_fp32(name, kernel)
+    if kernel.dim() != 2 or not kernel.numel():
+        raise ValueError(f"{name} must be {shape} with at least one of each, got {list(kernel.shape)}{empty}")
+
+
+def _check_pool(kernel: Tensor, mistake: str) -> None:
+    """Raise unless a kernel is of a pool and itself."""
+    _check_matrix("kernel", kernel, "[pool, pool]")
+    rows, columns = kernel.shape
+    if rows != columns:
+        raise ValueError(
+            f"kernel must be square, [pool, pool], so [{rows}, {rows}] for {rows} examples, got [{rows}, {columns}]; "
+            f"{mistake}"
+        )
+
+
+def _check_beside(name: str, other: Tensor, kernel: Tensor, shape: str, empty: str) -> None:
+    """Raise unless a kernel has the pool's samples as columns, as `kernel` has."""
+    _check_matrix(name, other, shape, empty)
+    pool = kernel.shape[1]
+    if other.shape[1] != pool:
+        turned = f"; it looks turned around: the columns of {name} are the pool" if other.shape[0] == pool else ""
+        raise ValueError(
+            f"{name} must be {shape}, with a column for each of the {pool} samples of kernel, got {list(other.shape)}"
+            f"{turned}"
+        )
+
+
+def _similarities(negative: Negative, **kernels: Tensor) -> list[Tensor]:
+    """Return kernels without negative entries, see `nonnegative`."""
+    if negative not in get_args(Negative):
+        raise ValueError(f'negative must be "shift" or "clip", got {negative!r}')
+    for name, kernel in kernels.items():
+        lowest, highest = torch.aminmax(kernel, dim=1)
+        bad = (~(lowest.isfinite() & highest.isfinite())).nonzero()[:, 0].tolist()
+        if bad:
+            raise ValueError(
+                f"{name} must be finite, got NaN or infinities in rows {bad[:5]}; leave out the samples they are of"
+            )
+    return nonnegative(*kernels.values(), how=negative)
 
 
 def _chosen(

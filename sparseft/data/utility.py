@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from sparseft.data.blocks import Blocks
-from sparseft.data.likelihood import Measure, Reader, check_causal, context_length, evaluation
+from sparseft.data.likelihood import Measure, Reader, check_causal, context_length, evaluation, vocabulary_size
 from sparseft.data.prompts import Encoder, Prompts, Target, checked
 from sparseft.fisher.resume import fingerprint
 
@@ -39,8 +39,9 @@ def utility_kernel(
     """Return the utility of each example for each target: how much nearer to its response the model is with it.
 
     U[c, r] = d(response r | prompt r) - d(response r | example c, prompt r), teacher-forced: each token of the
-    response, the end token too, is predicted after those before it. Positive where the example helps. An example that
-    equals the target gives the response away, and so is worth the most, and so is its duplicate.
+    response, the end token too, is predicted after those before it; if the tokenizer has no end token, and no chat
+    template is used, none is counted. Positive where the example helps. An example that equals the target gives the
+    response away, and so is worth the most, and so is its duplicate.
 
     The model reads each example once and keeps its keys and values for all targets. A prompt that is too long with
     its example has the end of the example cut off, for this target alone; neither the query nor the response is cut.
@@ -66,9 +67,9 @@ def utility_kernel(
         fp32 [examples, targets], on the CPU.
 
     Raises:
-        TypeError: samples that are not pairs of texts.
-        ValueError: no samples; an empty response; a target that leaves no room for an example; a model that is not
-            causal; a utility that is not finite; a checkpoint of something else.
+        TypeError: samples that are not pairs of texts; a model or a tokenizer that is none.
+        ValueError: no samples; an empty response; a target that leaves no room for an example; a token that the model
+            does not know; a model that is not causal; a utility that is not finite; a checkpoint of something else.
         RuntimeError: the model's cache cannot be reused.
     """
     given = checked("examples", examples)
@@ -80,6 +81,7 @@ def utility_kernel(
         raise ValueError(f"max_length must be from 1 to the model's {limit} tokens, got {max_length}")
     limit = limit if max_length is None else max_length
     bodies, ends = [encoder.example(sample) for sample in given], [encoder.target(sample) for sample in wanted]
+    _check_tokens(model, encoder, bodies, ends)
     room = _room(encoder, ends, limit)
     reader = Reader(model, measure, batch_tokens, cache)
     done = Blocks(checkpoint, len(bodies), len(ends), _identity(model, encoder, bodies, ends, measure, limit))
@@ -102,6 +104,21 @@ def utility_kernel(
             done.add(row, utility.float())
             bar.update()
     return done.kernel
+
+
+def _check_tokens(model: nn.Module, encoder: Encoder, bodies: list[list[int]], targets: list[Target]) -> None:
+    """Raise if a token lies outside the model's vocabulary, which a GPU would say late and unclearly."""
+    size = vocabulary_size(model)
+    texts = [("prompts.alone", encoder.alone), ("prompts.guided", encoder.guided)]
+    texts += [(f"example {place}", ids) for place, ids in enumerate(bodies)]
+    texts += [(f"target {place}", [*target.tail, *target.response]) for place, target in enumerate(targets)]
+    for name, ids in texts:
+        bad = next((token for token in ids if not 0 <= token < size), None)
+        if bad is not None:
+            raise ValueError(
+                f"token ids must be from 0 to {size - 1}, of the model's vocabulary of {size}, got {bad} in {name}; "
+                "use the model's own tokenizer, or model.resize_token_embeddings for tokens that were added"
+            )
 
 
 def _room(encoder: Encoder, targets: list[Target], limit: float) -> list[float]:
