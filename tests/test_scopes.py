@@ -282,9 +282,21 @@ def test_whole_units_by_their_mean_score(scope, structure, block):
             budget = int(density * total + 1e-9)
             assert entries(mask) == whole_units(scores, budget, scope, structure, block)
             assert mask.k <= budget
+            assert mask.info["unused"] == budget - mask.k
             if scope == "global":
                 again = sparseft.top_k(scores, k=mask.k, structure=structure, block=block)
                 assert again == mask
+                assert "unused" not in again.info
+
+
+def test_a_mask_keeps_how_much_of_its_budget_is_unused(tmp_path):
+    model = torch.nn.Linear(10, 4, bias=False)
+    mask = sparseft.select("magnitude", model, density=0.6, structure="row")
+    assert mask.k == 20
+    assert mask.info["unused"] == 4
+    mask.save(tmp_path / "mask")
+    assert sparseft.Mask.load(tmp_path / "mask").info["unused"] == 4
+    assert "unused" not in sparseft.select("magnitude", model, density=0.6).info
 
 
 def test_a_number_of_entries_that_is_not_one_of_whole_units_is_refused():

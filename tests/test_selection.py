@@ -1,10 +1,14 @@
 """Each method selects what its definition says, computed here by other means."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
+from tqdm import tqdm
 
 import sparseft
-from sparseft.selection import METHODS
+from sparseft.selection import METHODS, watched
 
 
 def classifier():
@@ -117,3 +121,76 @@ def test_samples_that_are_not_finite_are_left_out_and_counted():
     mask = sparseft.select("fish", classifier(), data, k=50)
     assert mask.info["dropped"] == [3]
     assert mask.info["samples"] == 20
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        ("random", {"k": 5.5}, r"k must be a whole number, got 5\.5"),
+        ("random", {"k": "5"}, "k must be a whole number, got '5'"),
+        ("random", {"k": True}, "k must be a whole number, got True"),
+        ("ird", {"k": 5.5}, r"k must be a whole number, got 5\.5"),
+        ("random", {"density": True}, "density must be a number in .*, got True"),
+        ("random", {"density": "0.1"}, "density must be a number in .*, got '0.1'"),
+        ("random", {"k": 5, "seed": "a"}, "seed must be a whole number, got 'a'"),
+        ("ird", {"k": 5, "seed": 0.5}, r"seed must be a whole number, got 0\.5"),
+        ("sift", {"k": 5, "batches": 1.5}, r"batches must be a whole number, got 1\.5"),
+        ("snip", {"k": 5, "batches": None}, "batches must be a whole number, got None"),
+        ("fish", {"k": 5, "samples": 1.5}, r"samples must be a whole number, or None for all, got 1\.5"),
+        ("wanda", {"k": 5, "samples": 1.5}, r"samples must be a whole number, or None for all, got 1\.5"),
+        ("gps", {"k": 5, "samples": True}, "samples must be a whole number, or None for all, got True"),
+        ("child_tuning", {"k": 5, "samples": "9"}, "samples must be a whole number, or None for all, got '9'"),
+        ("ird", {"k": 5, "samples": 1.5}, r"samples must be a whole number, got 1\.5"),
+        ("ird", {"k": 5, "patience": None}, "patience must be a whole number, got None"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named(name, options, message):
+    with pytest.raises(TypeError, match=message):
+        sparseft.select(name, classifier(), batches(), **options)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_what_is_no_model_is_refused(name):
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got OrderedDict"):
+        sparseft.select(name, classifier().state_dict(), batches(), k=5)
+
+
+def test_whole_numbers_of_numpy_are_whole_numbers():
+    mask = sparseft.select("sift", classifier(), batches(), k=np.int64(5), batches=np.int32(2), seed=np.int64(3))
+    assert mask.k == 5
+    assert mask.info["samples"] == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "counted"),
+    [
+        ("sift", {"batches": 2}, "Gradients: 100%.* 2/2 "),
+        ("snip", {"batches": 9}, "Gradients: 100%.* 3/3 "),
+        ("gps", {"objective": "task", "samples": 13}, "Gradients: 100%.* 13/13 "),
+        ("child_tuning", {"fisher": "batch", "samples": None}, "Gradients: 21sample"),
+        ("wanda", {"samples": 10}, "Inputs: 100%.* 10/10 "),
+    ],
+)
+def test_methods_that_take_long_show_a_bar(name, options, counted, monkeypatch, capsys):
+    waits = []
+
+    def at_once(**given):
+        waits.append(given.pop("delay"))
+        return tqdm(**given, mininterval=0)
+
+    monkeypatch.setattr(watched, "tqdm", at_once)
+    sparseft.select(name, classifier(), batches(), k=5, progress=False, **options)
+    assert capsys.readouterr().err == ""
+    sparseft.select(name, classifier(), batches(), k=5, **options)
+    assert re.search(counted, capsys.readouterr().err)
+    assert waits == [2, 2]  # seconds until it appears
+
+
+def test_a_bar_counts_no_more_samples_than_a_data_set_holds(monkeypatch):
+    totals = []
+    monkeypatch.setattr(watched, "tqdm", lambda **given: totals.append(given["total"]) or tqdm(disable=True))
+    inputs, targets = batches()[0]
+    data = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=3)
+    for samples in (5, 100, None):
+        sparseft.select("wanda", classifier(), data, k=5, samples=samples)
+    assert totals == [5, 8, 8]

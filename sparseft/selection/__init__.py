@@ -16,6 +16,7 @@ from torch import nn
 from sparseft.entries import check_no_entries
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
 from sparseft.selection import bitfit, child_tuning, fish, gps, ird, magnitude, random, sift, snip, wanda
+from sparseft.selection.arguments import check_model, check_whole
 from sparseft.selection.ird import IRDPath
 from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, layouts
 from sparseft.selection.top_k import check_density, top_k
@@ -79,7 +80,7 @@ def select(
         data: batches with labels, of training data; not needed by "magnitude", "bitfit" and "random".
         density: selected over selectable entries, in (0, 1], whether or not the method has scores for all. Give this,
             k or per_group; none for "bitfit". For "ird" it is where the search starts, and the most that it takes.
-        k: number of entries to select.
+        k: number of entries to select; for "ird" where the search starts, and the most that it takes.
         per_group: number of entries to select in each group of the scope, each neuron ("row") for instance.
         dense: shell-style patterns of parameters that train whole, outside the budget: a new head, as a rule.
         include: patterns of the parameters to select from; by default all that have requires_grad.
@@ -96,9 +97,10 @@ def select(
 
     Returns:
         A Mask with exactly floor(density * n) entries ("ird" and whole units: with at most as many; "bitfit": with all
-        biases), and in `info` how it was made.
+        biases), and in `info` how it was made; of whole units also how much of the density's budget is "unused".
 
     Raises:
+        TypeError: an argument is of the wrong type, or the method has no such option.
         ValueError: an argument is out of range, a pattern matches nothing, no parameter is selectable, the data is
             empty or has no labels, or the scores are all zero or not finite.
     """
@@ -118,7 +120,7 @@ def select(
             progress=progress,
             **options,
         ).mask
-    method = _checked(name, data, options)
+    method = _checked(name, model, data, seed, options)
     if method.scope is None:
         _check_no_budget(
             name, density=density, k=k, per_group=per_group, scope=scope, structure=structure, block=block
@@ -163,7 +165,7 @@ def ird_search(
     `select("ird", ...)` is the mask of the chosen cell. The arguments are those of `select`; the options are those of
     `sparseft.selection.ird.Options`.
     """
-    _checked("ird", data, options)
+    _checked("ird", model, data, seed, options)
     check_density(density, k)
     scope = scope or "global"
     if scope not in ("global", "tensor"):
@@ -210,10 +212,12 @@ def selectable(
     return names, dense_names
 
 
-def _checked(name: str, data: Any, options: Mapping[str, Any]) -> Method:
+def _checked(name: str, model: object, data: object, seed: object, options: Mapping[str, Any]) -> Method:
     """Return the method, or raise before anything is computed."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
+    check_model(model)
+    check_whole("seed", seed)
     method = METHODS[name]
     _check_options(name, method, options)
     if method.needs_data and data is None:

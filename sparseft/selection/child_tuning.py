@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.fisher import estimate_fisher
-from sparseft.fisher.batches import limited
 from sparseft.fisher.loss import Objective
+from sparseft.selection.arguments import check_count
 from sparseft.selection.gradient import for_each_gradient, zeros
+from sparseft.selection.watched import first_samples
 
 
 def score(
@@ -53,6 +54,7 @@ def score(
         loss: a function of (model, batch) that returns one loss a sample, in place of the head's own.
 
     Raises:
+        TypeError: samples is not a whole number.
         ValueError: an option is out of range or belongs to the other kind of Fisher; no data; no labels.
     """
     _check(fisher, samples, max_norm)
@@ -73,15 +75,15 @@ def score(
             grad = grad * (max_norm / (torch.linalg.vector_norm(grad) + 1e-6)).clamp(max=1.0)
         sums[name].addcmul_(grad, grad)
 
-    used = for_each_gradient(model, limited(data, samples), names, value, take)
+    watched = first_samples(data, samples, progress=progress)
+    used = for_each_gradient(model, watched, names, value, take)
     return {name: total.div_(len(counted)) for name, total in sums.items()}, {"samples": used}
 
 
 def _check(fisher: str, samples: int | None, max_norm: float | None) -> None:
+    check_count("samples", samples, or_all=True)
     if fisher not in ("sample", "batch"):
         raise ValueError(f'fisher must be "sample" or "batch", got {fisher!r}')
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
     if max_norm is not None and fisher == "sample":
         raise ValueError('max_norm clips gradients of batches: it goes with fisher="batch"')
     if max_norm is not None and not 0 < max_norm < math.inf:

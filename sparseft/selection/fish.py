@@ -9,6 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from sparseft.fisher import FisherScores, estimate_fisher
+from sparseft.selection.arguments import check_count
 
 
 def score(
@@ -18,7 +19,7 @@ def score(
     *,
     seed: int,
     progress: bool,
-    samples: int = 1024,
+    samples: int | None = 1024,
     mode: Literal["empirical", "expected", "sampled"] = "empirical",
     loss: Callable[[nn.Module, Any], Tensor] | None = None,
     token_reduction: Literal["mean", "sum", "token"] = "mean",
@@ -32,6 +33,7 @@ def score(
     Differences from the published code: a head is outside the budget (`dense=` of select), its default score is not
     the absolute gradient, ties and rounding are exact, and one pass costs an ordinary backward, not one a sample.
     """
+    check_count("samples", samples, or_all=True)
     scores = estimate_fisher(
         model,
         data,

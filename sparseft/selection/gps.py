@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sparseft.fisher.batches import limited, size
+from sparseft.fisher.batches import size
 from sparseft.fisher.heads import headed, outputs_of
 from sparseft.fisher.loss import Objective, inputs_and_labels
+from sparseft.selection.arguments import check_count
 from sparseft.selection.gradient import for_each_gradient, zeros
+from sparseft.selection.watched import first_samples
 
 
 def score(
@@ -48,7 +50,7 @@ def score(
         data: batches with labels; for "contrastive" one class a sample, with several samples of a class in a batch.
         names: the parameters to score.
         seed: not used.
-        progress: not used.
+        progress: show a bar.
         objective: "contrastive", or "task", the loss of the model's own head averaged over samples.
         samples: how many to use, from the start of the data; None means all.
         temperature: by which similarities are divided.
@@ -58,6 +60,7 @@ def score(
         loss: for "task": a function of (model, batch) that returns one loss a sample, in place of the head's own.
 
     Raises:
+        TypeError: samples is not a whole number.
         ValueError: an option is out of range or belongs to the other objective; no data; labels that are not one class
             a sample; no two samples of a class in any batch; a parameter that the features do not depend on.
     """
@@ -77,7 +80,8 @@ def score(
         reached.add(name)
         sums[name].add_(grad)
 
-    used = for_each_gradient(model, limited(data, samples), names, value, take)
+    watched = first_samples(data, samples, progress=progress)
+    used = for_each_gradient(model, watched, names, value, take)
     if objective == "contrastive":
         contrast.check(names, reached)
     scale = contrast.anchors if objective == "contrastive" else used
@@ -130,8 +134,7 @@ class _Contrast:
 def _check(objective: str, samples: int | None, temperature: float, features: object, loss: object) -> None:
     if objective not in ("contrastive", "task"):
         raise ValueError(f'objective must be "contrastive" or "task", got {objective!r}')
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
+    check_count("samples", samples, or_all=True)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature must be positive, got {temperature}")
     if objective == "task" and features is not None:

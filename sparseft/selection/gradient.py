@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseft.fisher.batches import Batch, limited, to_device
+from sparseft.fisher.batches import Batch, to_device
 from sparseft.fisher.loss import Objective
 from sparseft.fisher.state import evaluation
+from sparseft.selection.arguments import check_count
+from sparseft.selection.watched import first_batches
 
 
 def for_each_gradient(
@@ -27,7 +28,7 @@ def for_each_gradient(
 
     Args:
         model: whose parameters are differentiated by.
-        batches: with the positions of their samples, as `sparseft.fisher.batches.limited` yields them.
+        batches: with the positions of their samples, as `sparseft.selection.watched` yields them.
         names: of the parameters.
         value: runs the model on a batch and returns a scalar.
         take: is given a parameter's name, its gradient and the number of samples of the batch, once for each parameter
@@ -57,21 +58,22 @@ def mean_gradient(
     *,
     batches: int,
     loss: Callable[[nn.Module, Any], Tensor] | None,
+    progress: bool,
 ) -> tuple[dict[str, Tensor], int]:
     """Return the gradient of the loss averaged over the samples of the first batches, fp32, and how many there were.
 
     Raises:
+        TypeError: batches is not a whole number.
         ValueError: batches is below 1, the data is empty or has no labels.
     """
-    if batches < 1:
-        raise ValueError(f"batches must be at least 1, got {batches}")
+    check_count("batches", batches)
     objective = Objective("empirical", loss, "mean", seed=0)
     sums = zeros(model, names)
 
     def take(name: str, grad: Tensor, samples: int) -> None:
         sums[name].add_(grad)
 
-    first = itertools.islice(limited(data, None), batches)
+    first = first_batches(data, batches, progress=progress)
     samples = for_each_gradient(
         model, first, names, lambda batch, positions: objective(model, batch, positions).outputs.sum(), take
     )

@@ -27,7 +27,8 @@ def score(
     (scope="global" of select).
 
     Raises:
+        TypeError: batches is not a whole number.
         ValueError: batches is below 1, the data is empty or has no labels.
     """
-    grads, samples = mean_gradient(model, data, names, batches=batches, loss=loss)
+    grads, samples = mean_gradient(model, data, names, batches=batches, loss=loss, progress=progress)
     return {name: grad.abs_() for name, grad in grads.items()}, {"samples": samples}

@@ -29,9 +29,10 @@ def score(
     set, as `batches=1` does. A weight that is zero, as biases are at first, scores zero.
 
     Raises:
+        TypeError: batches is not a whole number.
         ValueError: batches is below 1, the data is empty or has no labels.
     """
-    grads, samples = mean_gradient(model, data, names, batches=batches, loss=loss)
+    grads, samples = mean_gradient(model, data, names, batches=batches, loss=loss, progress=progress)
     parameters = dict(model.named_parameters())
     with torch.no_grad():
         return {name: grad.mul_(parameters[name]).abs_() for name, grad in grads.items()}, {"samples": samples}

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from sparseft.mask import Mask
+from sparseft.selection.arguments import check_count
 from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, largest, largest_units
 
 
@@ -41,7 +42,8 @@ def top_k(
             proportion to their size, so that each has its density times its size rounded down or up, and all
             together have exactly k; see `sparseft.selection.scopes.largest` for who is rounded up.
         structure: select whole units, each "row", "column" or "block", by their mean score, in place of entries. With
-            a density, the best units that fit into the budget; with k, exactly k entries or an error.
+            a density, the best units that fit into the budget, and in the mask's info how many entries of it are
+            "unused"; with k, exactly k entries or an error.
         block: rows and columns of a block; one number for both.
         layouts: parameter name -> which of its dimensions are rows and columns, as `sparseft.selection.layouts(model)`
             says; the first and the second where it is missing.
@@ -49,7 +51,7 @@ def top_k(
         mask_options: passed on to Mask.
 
     Raises:
-        TypeError: per_group or block is not made of whole numbers.
+        TypeError: density is not a number; k, per_group or block is not made of whole numbers.
         ValueError: density, k, per_group or block out of range, or not for this scope; no scores, scores that are not
             finite or all zero; a structure whose units do not fit.
     """
@@ -73,6 +75,9 @@ def top_k(
     else:
         indices = largest(scores, count, per_group, scope, sides, views)
     _check_reach(scores, indices, highest, units=structure is not None)
+    if structure is not None and count is not None and density is not None:
+        unused = count - sum(index.numel() for index in indices.values())
+        mask_options["info"] = {**(mask_options.get("info") or {}), "unused": unused}
     return Mask(indices, shapes, **mask_options)
 
 
@@ -80,12 +85,12 @@ def check_density(density: float | None, k: int | None = None) -> None:
     """Raise unless exactly one of density and k is given and in range."""
     if (density is None) == (k is None):
         raise ValueError(f"give either density or k, got density={density} and k={k}")
-    if density is not None and not isinstance(density, (int, float)):
+    if density is not None and (isinstance(density, bool) or not isinstance(density, (int, float))):
         raise TypeError(f"density must be a number in (0, 1], got {density!r}; 0.005 selects half a percent")
     if density is not None and not 0 < density <= 1:
         raise ValueError(f"density must lie in (0, 1], got {density}; 0.005 selects half a percent")
-    if k is not None and k < 1:
-        raise ValueError(f"k must be at least 1, got {k}")
+    if k is not None:
+        check_count("k", k)
 
 
 def count_at(density: float, n: int) -> int:

@@ -11,11 +11,13 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from sparseft.fisher import composite
-from sparseft.fisher.batches import limited, to_device
+from sparseft.fisher.batches import to_device
 from sparseft.fisher.heads import headed, outputs_of
 from sparseft.fisher.loss import inputs_and_labels
 from sparseft.fisher.state import evaluation
+from sparseft.selection.arguments import check_count
 from sparseft.selection.scopes import layouts
+from sparseft.selection.watched import first_samples
 
 
 def score(
@@ -42,22 +44,22 @@ def score(
         data: batches; labels are ignored.
         names: the parameters to select from.
         seed: not used.
-        progress: not used.
+        progress: show a bar.
         samples: how many to use, from the start of the data; None means all.
 
     Raises:
+        TypeError: samples is not a whole number.
         ValueError: samples is below 1; no data; no linear layer ran; a padded batch and a layer of which it cannot be
             told which of its inputs are padding.
     """
-    if samples is not None and samples < 1:
-        raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
+    check_count("samples", samples, or_all=True)
     parameters = dict(model.named_parameters())
     inputs = {name: view.columns[0] for name, view in layouts(model).items() if len(view.shape) == 2}
     watch = _Inputs({name: parameters[name] for name in names if name in inputs}, inputs)
     device = next(iter(parameters.values())).device
     used = 0
     with evaluation(model, {}), torch.no_grad(), watch:
-        for batch, positions in limited(data, samples):
+        for batch, positions in first_samples(data, samples, progress=progress, description="Inputs"):
             batch = to_device(batch, device)
             watch.padding = _padding(model, batch)
             outputs_of(model, *inputs_and_labels(batch))

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.mask import Mask
+from sparseft.selection.arguments import check_count
 
 Order = Literal["samples_first", "params_first", "joint", "branch", "grid"]
 Restrict = Literal["nested", "global"]
@@ -104,8 +105,7 @@ class Options:
             if getattr(self, name) not in get_args(kind):
                 raise ValueError(f"{name} must be one of {', '.join(get_args(kind))}, got {getattr(self, name)!r}")
         for name in ("samples", "min_samples", "trial_steps", "patience"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+            check_count(name, getattr(self, name))
         if self.memory_limit < 0:
             raise ValueError(f"memory_limit must be a number of bytes, got {self.memory_limit}")
         if not 0 < self.held_out < 1:

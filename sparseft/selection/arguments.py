@@ -1,0 +1,32 @@
+"""Checks of arguments that methods share."""
+
+from __future__ import annotations
+
+from numbers import Integral
+
+from torch import nn
+
+
+def check_count(name: str, value: object, *, or_all: bool = False) -> None:
+    """Raise unless an argument is a whole number of at least 1. or_all: None is one too, for all there are."""
+    if value is None and or_all:
+        return
+    otherwise = ", or None for all" if or_all else ""
+    check_whole(name, value, otherwise)
+    if value < 1:  # type: ignore[operator]
+        raise ValueError(f"{name} must be at least 1{otherwise}, got {value}")
+
+
+def check_whole(name: str, value: object, otherwise: str = "") -> None:
+    """Raise unless an argument is a whole number; True and False are none."""
+    if not isinstance(value, Integral) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number{otherwise}, got {value!r}")
+
+
+def check_model(model: object) -> None:
+    """Raise unless an argument is a model."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"model must be a torch.nn.Module, got {type(model).__name__}; load weights into a model first, and pass "
+            "that"
+        )
