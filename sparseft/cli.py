@@ -67,7 +67,10 @@ _Scope = Annotated[
 _Structure = Annotated[
     Literal["row", "column", "block"] | None, typer.Option(help="Select whole units in place of single weights.")
 ]
-_Block = Annotated[tuple[int, int] | None, typer.Option(help="Rows and columns of a block.")]
+_Block = Annotated[
+    tuple[int, int] | None,
+    typer.Option(metavar="ROWS COLUMNS", help="Rows and columns of a block, two numbers: --block 4 4, for instance."),
+]
 _Include = Annotated[list[str] | None, typer.Option(help="Select only in parameters named like this; repeatable.")]
 _Exclude = Annotated[list[str] | None, typer.Option(help="Do not select in parameters named like this; repeatable.")]
 _Samples = Annotated[int | None, typer.Option(min=1, help="Rows that the method looks at.")]
@@ -298,3 +301,7 @@ def _fail(error: Exception | str, code: int, debug: bool) -> None:
         raise
     typer.echo(f"error: {' '.join(str(error).split())}", err=True)
     raise typer.Exit(code)
+
+
+if __name__ == "__main__":
+    main()

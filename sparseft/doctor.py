@@ -41,8 +41,9 @@ def report() -> dict[str, Any]:
 
 def table(found: dict[str, Any]) -> str:
     """Return a report as text for a terminal."""
-    lines = [f"{'op':16}{'cpu':12}{'cuda':12}"]
-    lines += [f"{name:16}{served['cpu']:12}{served['cuda']:12}" for name, served in found["ops"].items()]
+    width = max(map(len, found["ops"])) + 2
+    lines = [f"{'op':{width}}{'cpu':12}{'cuda':12}"]
+    lines += [f"{name:{width}}{served['cpu']:12}{served['cuda']:12}" for name, served in found["ops"].items()]
     lines.append("")
     for title in ("devices", "versions", "build"):
         lines += [f"{title}: " + (", ".join(f"{key} {value}" for key, value in found[title].items()) or "none")]

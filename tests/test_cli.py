@@ -390,6 +390,7 @@ def test_wrong_options_change_nothing(bert, data, tmp_path, options, message):
         ('{"text": "w1", "label": 0}\n{"text": ', "train.jsonl, line 2: is not JSON"),
         ('{"text": "w1", "lable": 0}\n', "must have a column 'label' or 'labels', got ['text', 'lable']"),
         ('{"body": "w1", "label": 0}\n', "must have the columns text_a + text_b"),
+        ('{"text": "w1"}\n', "got a column 'label' in dev and none in train (columns ['text'])"),
         ('{"text": "w1", "label": "many"}\n{"text": "w1", "label": "none"}\n', "is unknown; the classes to train on"),
         ('{"text": "w1", "label": "many"}\n{"text": "w1"}\n', "train, row 2: 'label' must be a name or a number"),
         (None, "is not a file"),
@@ -401,6 +402,30 @@ def test_wrong_data_changes_nothing(bert, data, tmp_path, train, message):
     else:
         Path(data[1]).write_text(train)
     assert message in run("train", bert, *data, "-o", tmp_path / "out", expect=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_rows_without_labels_need_a_language_model(bert, tmp_path):
+    unlabelled = files(tmp_path, lambda pair: {"text": pair[0]})
+    message = run("train", bert, *unlabelled, "-o", tmp_path / "out", expect=2)
+    assert "no column 'label' or 'labels' (columns ['text']), so the task was taken as causal-lm" in message
+    assert "give --label-column or --task" in message
+    asked = run("train", bert, *unlabelled, "-o", tmp_path / "out", "--task", "causal-lm", expect=2)
+    assert "is no causal language model: it lacks" in asked
+    encoder = tmp_path / "encoder"
+    transformers.DistilBertModel(
+        transformers.DistilBertConfig(vocab_size=44, dim=32, hidden_dim=48, n_layers=1, n_heads=2)
+    ).save_pretrained(encoder)
+    save_tokenizer(encoder)
+    message = run("train", encoder, *unlabelled, "-o", tmp_path / "out", expect=2)
+    assert "so the task was taken as causal-lm, and" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_splits_agree_about_labels(bert, data, tmp_path):
+    write_rows(tmp_path, "dev.jsonl", [{"text": "w1"}, {"text": "w2"}])
+    message = run("train", bert, *data, "-o", tmp_path / "out", expect=2)
+    assert "got a column 'label' in train and none in dev (columns ['text']); give labels to dev" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -500,7 +525,12 @@ def test_doctor_tells_what_serves_each_op(monkeypatch):
     assert result.exit_code == (0 if compiled else 1)
     assert found["ok"] is compiled
     assert found["ops"] == ops.SERVED_BY
-    assert all(name in result.stderr for name in ops.SCHEMAS)
+    title, *lines = result.stderr.splitlines()
+    rows = {line.split()[0]: line for line in lines[: lines.index("")]}
+    assert set(rows) == set(ops.SCHEMAS)
+    for name, served in ops.SERVED_BY.items():
+        assert all(rows[name][title.index(device) :].split()[0] == served[device] for device in ("cpu", "cuda"))
+        assert rows[name][title.index("cpu") - 1] == " "
     assert found["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
 
     monkeypatch.setitem(ops.SERVED_BY, "gather", {"cpu": "reference", "cuda": "reference"})
@@ -515,6 +545,19 @@ def test_help_has_an_example(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0
     assert f"Example: sparseft {command}" in result.stdout
+
+
+def test_help_says_how_a_block_is_given():
+    said = " ".join(CliRunner().invoke(app, ["train", "--help"]).stdout.split())
+    assert "--block ROWS COLUMNS" in said
+    assert "--block 4 4" in said
+
+
+@pytest.mark.parametrize("module", ["sparseft", "sparseft.cli"])
+def test_modules_run_as_the_command(module):
+    said = subprocess.run([sys.executable, "-m", module, "--help"], capture_output=True, text=True, check=True)
+    assert "Fine-tune a model by changing" in said.stdout
+    assert "inspect" in said.stdout
 
 
 @pytest.mark.skipif(not (SHARED / "rte").is_dir(), reason="the data set RTE is not here")

@@ -37,7 +37,7 @@ MAY_CALL = {
     "doctor": {"ops", "products"},
     "data": {"files", "fisher"},
 }
-LEAVES = {"integrations", "cli", "__init__"}
+LEAVES = {"integrations", "cli", "__init__", "__main__"}
 FOREIGN = {"transformers", "datasets", "accelerate", "peft", "trl", "lightning"}
 
 

@@ -40,13 +40,23 @@ class Example:
 
 @dataclasses.dataclass(frozen=True)
 class Splits:
-    """Both splits, and how they were understood. `classes` are the names of the classes, by class number."""
+    """Both splits, and how they were understood.
+
+    Attributes:
+        task: what is learnt.
+        columns: those of the texts.
+        classes: names of the classes, by class number.
+        train: examples to train on.
+        dev: examples to measure on.
+        unlabelled: all columns of the rows, where the task is causal LM because none of them is a label.
+    """
 
     task: Task
     columns: tuple[str, ...]
     classes: tuple[str, ...]
     train: list[Example]
     dev: list[Example]
+    unlabelled: tuple[str, ...] = ()
 
 
 def prepare(
@@ -69,7 +79,7 @@ def prepare(
 
     Raises:
         ValueError: a column is missing, a text or label is missing or of the wrong kind, or dev has a class that
-            train has not.
+            train has not, or only one of both has labels.
     """
     if task not in ("auto", *get_args(Task)):
         raise ValueError(f"task must be one of auto, {', '.join(get_args(Task))}, got {task!r}")
@@ -77,13 +87,18 @@ def prepare(
         raise ValueError("there must be rows to train on, got none")
     names = list(train[0])
     label = _label_column(names, task, label_column)
+    if task != "causal-lm" and dev:
+        _check_agreement(names, dev, label)
     columns = _text_columns(names, label, tuple(text_columns))
     texts = [_texts(rows, columns, where) for rows, where in ((train, "train"), (dev, "dev"))]
     if label is None:
-        return Splits("causal-lm", columns, (), *([Example(text) for text in part] for part in texts))
+        train_part, dev_part = ([Example(text) for text in part] for part in texts)
+        return Splits("causal-lm", columns, (), train_part, dev_part, tuple(names) if task == "auto" else ())
     found, classes, targets = _targets(_labels(train, label, "train"), _labels(dev, label, "dev"), task)
-    parts = ([Example(*pair) for pair in zip(*split, strict=True)] for split in zip(texts, targets, strict=True))
-    return Splits(found, columns, classes, *parts)
+    train_part, dev_part = (
+        [Example(*pair) for pair in zip(*split, strict=True)] for split in zip(texts, targets, strict=True)
+    )
+    return Splits(found, columns, classes, train_part, dev_part)
 
 
 def _label_column(names: list[str], task: str, asked: str | None) -> str | None:
@@ -100,6 +115,21 @@ def _label_column(names: list[str], task: str, asked: str | None) -> str | None:
             "holds the labels, or choose the task causal-lm"
         )
     return found
+
+
+def _check_agreement(names: list[str], dev: Sequence[Row], label: str | None) -> None:
+    """Raise if one split has labels and the other has none."""
+    held = {name for row in dev for name in row}
+    if label is not None and label not in held:
+        labelled, bare, columns = "train", "dev", list(dev[0])
+    elif label is None and (found := next((name for name in LABEL_COLUMNS if name in held), None)) is not None:
+        labelled, bare, columns, label = "dev", "train", names, found
+    else:
+        return
+    raise ValueError(
+        f"the rows of both splits must have labels or none, got a column {label!r} in {labelled} and none in {bare} "
+        f"(columns {columns}); give labels to {bare}, or choose the task causal-lm"
+    )
 
 
 def _text_columns(names: list[str], label: str | None, asked: tuple[str, ...]) -> tuple[str, ...]:

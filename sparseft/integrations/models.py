@@ -10,7 +10,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import nn
 
-from sparseft.integrations.examples import Splits
+from sparseft.integrations.examples import LABEL_COLUMNS, Splits
 
 
 @dataclasses.dataclass
@@ -54,6 +54,8 @@ def load(source: str | Path, splits: Splits, *, seed: int = 0, dtype: str = "aut
         model, report = kind.from_pretrained(source, dtype=dtype, output_loading_info=True, **options)
     except (OSError, ValueError, SafetensorError) as error:
         reason = str(error).strip().split("\n")[0]
+        if splits.unlabelled and "Unrecognized configuration class" in reason:
+            raise ValueError(_no_language_model(source, splits)) from error
         raise ValueError(f"{source} could not be loaded for {splits.task}: {reason}") from error
     _set_padding(model, tokenizer, source)
     positions = getattr(model.config, "max_position_embeddings", None)
@@ -111,6 +113,8 @@ def _new_parameters(model: nn.Module, report: dict[str, Any], splits: Splits, so
     parameters = dict(model.named_parameters())
     new = tuple(name for name in parameters if name in missing)
     if new and splits.task == "causal-lm":
+        if splits.unlabelled:
+            raise ValueError(_no_language_model(source, splits))
         raise ValueError(f"{source} is no causal language model: it lacks {', '.join(new[:4])}; give one that is")
     outputs = len(splits.classes) or 1
     for name in resized:
@@ -120,3 +124,12 @@ def _new_parameters(model: nn.Module, report: dict[str, Any], splits: Splits, so
     if sum(parameters[name].numel() for name in new) > total / 2:
         raise ValueError(f"{source} lacks most weights of {type(model).__name__}; give a model of this kind")
     return new
+
+
+def _no_language_model(source: str | Path, splits: Splits) -> str:
+    """Say why a model that is none was loaded as a causal language model."""
+    labels = " or ".join(map(repr, LABEL_COLUMNS))
+    return (
+        f"the rows to train on have no column {labels} (columns {list(splits.unlabelled)}), so the task was taken as "
+        f"causal-lm, and {source} is no causal language model; give --label-column or --task, or a model that is one"
+    )
