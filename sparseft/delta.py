@@ -127,7 +127,7 @@ class AppliedDelta:
     """A delta in place. `restore()` puts the base back bit for bit; `swap()` goes back and forth.
 
     Also a context manager that restores on leaving. The values that are not in the model lie in buffers of their own:
-    what was replaced is kept, never subtracted.
+    what was replaced is kept, never subtracted. Of several that are in place, the last one is to be restored first.
     """
 
     def __init__(self, delta: Delta, parameters: Mapping[str, nn.Parameter]):

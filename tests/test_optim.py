@@ -195,6 +195,22 @@ def test_gradients_of_the_selected_entries_alone_do_as_well(name):
     assert_same(weights(model), weights(other))
 
 
+@plain_optimizers
+def test_the_state_of_another_optimizer_is_refused(name):
+    _model, groups = model_and_groups()
+    optimizer = OPTIMIZERS[name](groups, **OPTIONS[name])
+    for other in {*PLAIN, "torch"} - {name}:
+        twin, twin_groups = model_and_groups()
+        if other == "torch":
+            foreign = torch.optim.AdamW(twin.parameters())
+        else:
+            foreign = OPTIMIZERS[other](twin_groups, **OPTIONS[other])
+        train(twin, foreign, 1)
+        with pytest.raises(ValueError, match=f"the state must be of a {type(optimizer).__name__}"):
+            optimizer.load_state_dict(foreign.state_dict())
+        assert not optimizer.state
+
+
 @every_optimizer
 def test_state_is_k_sized(name):
     model, groups = model_and_groups(torch.bfloat16)

@@ -34,6 +34,8 @@ class SparseAdamW(SparseOptimizer):
     Source: arXiv 1711.05101.
     """
 
+    states = ("exp_avg", "exp_avg_sq")
+
     def __init__(
         self,
         params: ParamsT,
@@ -49,9 +51,6 @@ class SparseAdamW(SparseOptimizer):
             raise ValueError(f"eps must be at least 0, got {eps}")
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, options)
-
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return "exp_avg", "exp_avg_sq"
 
     def _update(self, group: dict[str, Any], step: Step) -> None:
         beta1, beta2 = group["betas"]

@@ -62,6 +62,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     # GradScaler hands its scale and overflow flag to step, which then needs no host synchronisation
     _step_supports_amp_scaling = True
+    # the names of the k-sized states that the rule may keep: at most two, the second a mean of squares
+    states: tuple[str, ...] = ()
     # compact_gradients has weights follow their leaves after a step, which ours do in the step
     updates_dense = True
 
@@ -143,7 +145,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Load a state, index lists included; dtypes and values stay as they were saved.
 
         Raises:
-            ValueError: groups, parameters or index lists do not fit; nothing was changed.
+            ValueError: groups, parameters or index lists do not fit, or it is of another optimizer; nothing was
+                changed.
         """
         saved_groups = state_dict["param_groups"]
         saved, own = ([len(group["params"]) for group in groups] for groups in (saved_groups, self.param_groups))
@@ -152,6 +155,7 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"the state must be of groups of {own} parameters, got {saved}; it was saved with another mask or "
                 "another model: build the optimizer from that mask"
             )
+        self._check_kind(state_dict)
         indices = [
             checked_indices(group["params"], saved["indices"])
             for group, saved in zip(self.param_groups, saved_groups, strict=True)
@@ -247,12 +251,25 @@ class SparseOptimizer(torch.optim.Optimizer):
         for leaf in leaves:
             leaf.mark_written()  # the op wrote both it and its weights
 
+    def _check_kind(self, state_dict: dict[str, Any]) -> None:
+        """Raise if a state has not what an optimizer of this kind saves."""
+        groups = state_dict["param_groups"]
+        needed = {"indices", *self.defaults} - set(DEFAULTS)
+        missing = {option for group in groups for option in needed - set(group)}
+        found = {name for state in state_dict["state"].values() for name in state}
+        foreign = found - {"step", "master", "pretrained", "scales", *self.states}
+        if missing or foreign:
+            raise ValueError(
+                f"the state must be of a {type(self).__name__}, got one with {sorted(found)} and without the options "
+                f"{sorted(missing)}; load it into the optimizer that it is of"
+            )
+
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        """Return the names of the k-sized states an optimizer keeps."""
-        raise NotImplementedError
+        """Return the names of the k-sized states that a group's options need."""
+        return self.states
 
     def _update(self, group: dict[str, Any], step: Step) -> None:
-        """Call the optimizer's op: the only method, with `_state_names`, that a new optimizer writes."""
+        """Call the optimizer's op: the only method that a new optimizer writes."""
         raise NotImplementedError
 
 

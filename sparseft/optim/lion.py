@@ -32,6 +32,8 @@ class SparseLion(SparseOptimizer):
     Source: arXiv 2302.06675.
     """
 
+    states = ("exp_avg",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -43,9 +45,6 @@ class SparseLion(SparseOptimizer):
         if not all(0 <= beta < 1 for beta in betas):
             raise ValueError(f"betas must lie in [0, 1), got {betas}")
         super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay}, options)
-
-    def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("exp_avg",)
 
     def _update(self, group: dict[str, Any], step: Step) -> None:
         beta1, beta2 = group["betas"]

@@ -31,6 +31,8 @@ class SparseSGD(SparseOptimizer):
         ValueError: an option is out of range, or index lists do not fit.
     """
 
+    states = ("momentum_buffer",)
+
     def __init__(
         self,
         params: ParamsT,
@@ -55,7 +57,7 @@ class SparseSGD(SparseOptimizer):
         super().__init__(params, defaults, options)
 
     def _state_names(self, group: dict[str, Any]) -> tuple[str, ...]:
-        return ("momentum_buffer",) if group["momentum"] else ()
+        return self.states if group["momentum"] else ()
 
     def _update(self, group: dict[str, Any], step: Step) -> None:
         momentum = group["momentum"]
