@@ -145,9 +145,10 @@ def test_what_was_frozen_when_an_optimizer_was_made_is_not_warned_of():
     model = net()
     with sparseft.compact_gradients(model, mask_of(model, include="0.weight")), warnings.catch_warnings():
         warnings.simplefilter("error")
-        optimizer = sparseft.SparseAdamW(model.parameters())
+        optimizer, before = sparseft.SparseAdamW(model.parameters()), model.state_dict()["0.weight"].clone()
         model(inputs()).sum().backward()
         optimizer.step()
+    assert not torch.equal(model[0].weight, before)
 
 
 def test_what_was_frozen_since_is_warned_of():

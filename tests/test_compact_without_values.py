@@ -23,7 +23,7 @@ def loss(model, step, dtype):
     return model(inputs(step, dtype)).float().square().mean()
 
 
-def train_side_by_side(compact, model, optimizer, other, plain, steps, dtype):
+def assert_trained_alike(compact, model, optimizer, other, plain, steps, dtype):
     """Train a model, and another one with dense gradients of the same values; they stay equal."""
     for step in steps:
         optimizer.zero_grad()
@@ -51,11 +51,11 @@ def test_steps_are_those_on_gathered_gradients(name, setting, dtype):
     plain = OPTIMIZERS[name](first.param_groups(other), lr=1e-2, **SETTINGS[setting])
     with sparseft.compact_gradients(model, first, values=False) as compact:
         optimizer = OPTIMIZERS[name](first.param_groups(model), lr=1e-2, **SETTINGS[setting])
-        train_side_by_side(compact, model, optimizer, other, plain, range(4), dtype)
+        assert_trained_alike(compact, model, optimizer, other, plain, range(4), dtype)
     with sparseft.compact_gradients(model, second, values=False) as compact:
         optimizer.set_mask(second, model)
         plain.set_mask(second, other)
-        train_side_by_side(compact, model, optimizer, other, plain, range(4, 8), dtype)
+        assert_trained_alike(compact, model, optimizer, other, plain, range(4, 8), dtype)
 
 
 @pytest.mark.parametrize("bits", [32, 8])

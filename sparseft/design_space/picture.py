@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparseft.pictures import figure
+
 if TYPE_CHECKING:
     from sparseft.design_space.path import Choice
 
@@ -16,18 +18,11 @@ def draw(choices: Sequence[Choice], path: str | os.PathLike[str]) -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            "a picture needs matplotlib, which is not installed; pip install 'sparseft[plot]'"
-        ) from error
-
     stages = list(dict.fromkeys(choice.stage for choice in choices))
     of_stage = {stage: [choice for choice in choices if choice.stage == stage] for stage in stages}
     widths = [len(found) + 1 for found in of_stage.values()]
-    figure = Figure(figsize=(1 + 0.22 * sum(widths), 4.5), layout="constrained")
-    panels = figure.subplots(1, len(stages), sharey=True, squeeze=False, width_ratios=widths)[0]
+    canvas = figure(1 + 0.22 * sum(widths), 4.5)
+    panels = canvas.subplots(1, len(stages), sharey=True, squeeze=False, width_ratios=widths)[0]
     for panel, (stage, found) in zip(panels, of_stage.items(), strict=True):
         for place, choice in enumerate(found):
             colour = "crimson" if choice.chosen else "0.4"
@@ -38,4 +33,4 @@ def draw(choices: Sequence[Choice], path: str | os.PathLike[str]) -> None:
         panel.set_xlim(-0.7, len(found) - 0.3)
         panel.set_title(stage.replace("strategies of ", ""), fontsize="medium")
     panels[0].set_ylabel("figure; a bar is the mean, in red what was kept")
-    figure.savefig(path)
+    canvas.savefig(path)

@@ -6,6 +6,8 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparseft.pictures import figure
+
 if TYPE_CHECKING:
     from sparseft.selection.ird.path import Cell
 
@@ -16,17 +18,10 @@ def draw(cells: Sequence[Cell], path: str | os.PathLike[str]) -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise RuntimeError(
-            "a picture needs matplotlib, which is not installed; pip install 'sparseft[plot]'"
-        ) from error
-
     judged = all(cell.figure is not None for cell in cells)
     shades = [cell.figure if cell.figure is not None else cell.fisher_mass for cell in cells]
-    figure = Figure(figsize=(6.5, 4.5), layout="constrained")
-    axes = figure.subplots()
+    canvas = figure(6.5, 4.5)
+    axes = canvas.subplots()
     for cell in cells:
         if cell.parent is not None and cell.step != "grid":
             parent = cells[cell.parent]
@@ -54,5 +49,5 @@ def draw(cells: Sequence[Cell], path: str | os.PathLike[str]) -> None:
     axes.set_xlabel("samples kept")
     axes.set_ylabel("density")
     axes.set_title("IRD: every cell, the mask ringed in red")
-    figure.colorbar(dots, label="evaluator's figure" if judged else "Fisher mass kept")
-    figure.savefig(path)
+    canvas.colorbar(dots, label="evaluator's figure" if judged else "Fisher mass kept")
+    canvas.savefig(path)
