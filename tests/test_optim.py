@@ -86,10 +86,11 @@ def test_a_saved_state_resumes_bit_for_bit(name, dtype):
 
 @every_optimizer
 def test_loading_its_own_state_at_start_changes_nothing(name):
-    """What accelerate's prepare does to every optimizer, before the first step."""
+    """What accelerate's prepare does to every optimizer, before the first step, and again for every further run."""
     model, groups = model_and_groups(torch.bfloat16)
     optimizer = OPTIMIZERS[name](groups, **OPTIONS[name])
-    optimizer.load_state_dict(optimizer.state_dict())
+    for _ in range(2):
+        optimizer.load_state_dict(optimizer.state_dict())
     other, groups = model_and_groups(torch.bfloat16)
     other_optimizer = OPTIMIZERS[name](groups, **OPTIONS[name])
     train(model, optimizer, 5)

@@ -254,7 +254,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     def _check_kind(self, state_dict: dict[str, Any]) -> None:
         """Raise if a state has not what an optimizer of this kind saves."""
         groups = state_dict["param_groups"]
-        needed = {"indices", *self.defaults} - set(DEFAULTS)
+        # torch adds "differentiable" to the defaults of an optimizer that loaded a state
+        needed = {"indices", *self.defaults} - {*DEFAULTS, "differentiable"}
         missing = {option for group in groups for option in needed - set(group)}
         found = {name for state in state_dict["state"].values() for name in state}
         foreign = found - {"step", "master", "pretrained", "scales", *self.states}
