@@ -128,7 +128,7 @@ class Bench:
         raise ValueError(f"{samples} samples at {density:.4%} are not on the way down: cells are {found}")
 
     def _batches(self) -> Any:
-        return self.encoded.batches(self.pool, self.options.batch_size, training.device())
+        return self.encoded.batches(self.pool, self.options.batch_size, models.device())
 
     def run(self, method: str, samples: int, density: float) -> dict[str, Any]:
         """Choose, train and measure; return a row."""

@@ -71,7 +71,7 @@ def run(setup: Setup, method: str, output: Path) -> Row:
     import transformers
 
     import sparseft
-    from sparseft.integrations import encoding, evaluation, examples, measure, models, rows, training
+    from sparseft.integrations import choosing, encoding, evaluation, examples, measure, models, rows, training
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -79,14 +79,14 @@ def run(setup: Setup, method: str, output: Path) -> Row:
     splits = examples.prepare(rows.read(setup.train), rows.read(setup.dev, "validation"))
     loaded = models.load(source, splits, seed=setup.seed)
     encoded = encoding.encode(splits, loaded.tokenizer, setup.max_length)
-    model = loaded.model.to(training.device())
+    model = loaded.model.to(models.device())
     # weights that are mapped from their file are in memory only once they were read
     sparseft.mask.fingerprint(model)
 
     measure.reset_peak_memory()
     before = measure.peak_memory()
     started = time.perf_counter()
-    mask = training.choose(loaded, encoded, method, setup.density, batch_size=setup.batch_size, seed=setup.seed)
+    mask = choosing.choose(loaded, encoded, method, setup.density, batch_size=setup.batch_size, seed=setup.seed)
     select_seconds = time.perf_counter() - started
     select_memory = measure.peak_memory() - before
     result = training.train(loaded, encoded, mask, epochs=setup.epochs, batch_size=setup.batch_size, seed=setup.seed)
@@ -101,7 +101,7 @@ def run(setup: Setup, method: str, output: Path) -> Row:
         # another seed: the new head, too, must come from the file
         again = models.load(source, splits, seed=setup.seed + 1).model
         sparseft.load_delta(again, files[0])
-    outputs = evaluation.evaluate(again.to(training.device()), encoded, encoded.dev).outputs
+    outputs = evaluation.evaluate(again.to(models.device()), encoded, encoded.dev).outputs
     if not torch.equal(outputs, result.evaluation.outputs):
         raise RuntimeError(f"{files[0]} on a fresh model must predict what the trained model did, and does not")
 

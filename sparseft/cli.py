@@ -151,10 +151,10 @@ def train(
 ) -> None:
     """Choose weights, train them, measure, and write the delta."""
     with _results() as results:
-        from sparseft.integrations import checkpoint, inputs, models, training
+        from sparseft.integrations import checkpoint, choosing, inputs, models, training
 
         checkpoint.check_output(output, overwrite)
-        training.check_choice(method, density, samples, scope, structure, block)
+        choosing.check_choice(method, density, samples, scope, structure, block)
         training.check_schedule(lr, epochs, max_steps, batch_size, head_lr)
         mask = None if mask_file is None else _given_mask(mask_file, ctx)
         models.quiet()
@@ -163,7 +163,7 @@ def train(
         if mask is not None:
             mask.check(found.loaded.model, weights=True)
         else:
-            mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
+            mask = choosing.choose(found.loaded, found.encoded, method, density, **_taken_by(choosing.choose, ctx))
         select_seconds = time.perf_counter() - started
         run = training.train(found.loaded, found.encoded, mask, **_taken_by(training.train, ctx))
         options = {"model": model, "batch_size": batch_size, "seed": seed, "output": output}
@@ -195,16 +195,16 @@ def select(
 ) -> None:
     """Choose weights and write the mask, for `sparseft train --mask` or `sparseft.Mask.load`."""
     with _results() as results:
-        from sparseft.integrations import inputs, models, training
+        from sparseft.integrations import choosing, inputs, models
 
-        training.check_choice(method, density, samples, scope, structure, block)
+        choosing.check_choice(method, density, samples, scope, structure, block)
         if output.is_dir() or (output.exists() and not overwrite):
             raise ValueError(f"the output {output} must be a new file; choose another, or give --overwrite")
         if not output.absolute().parent.is_dir():
             raise ValueError(f"the output {output} must lie in a folder that exists; make {output.parent} first")
         models.quiet()
         found = inputs.load(model, train_rows, None, **_taken_by(inputs.load, ctx))
-        mask = training.choose(found.loaded, found.encoded, method, density, **_taken_by(training.choose, ctx))
+        mask = choosing.choose(found.loaded, found.encoded, method, density, **_taken_by(choosing.choose, ctx))
         if mask is None:
             raise ValueError("method 'full' trains everything and has no mask; choose another")
         mask.save(output)

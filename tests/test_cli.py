@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import sparseft
 from sparseft import ops
 from sparseft.cli import app
-from sparseft.integrations.training import device
+from sparseft.integrations.models import device
 from sparseft.selection import METHODS
 
 transformers = pytest.importorskip("transformers", reason="the extra `train` is not installed")

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -75,6 +76,11 @@ def check_source(source: str | Path) -> None:
             raise ValueError(f"{source} must be the folder of a transformers model, but has no config.json in it")
     elif path.exists() or isinstance(source, Path) or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise ValueError(f"{source} is not a folder; give one that holds a model, or a hub id (NAME or OWNER/NAME)")
+
+
+def device() -> torch.device:
+    """Return where training runs: the CUDA device if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def quiet() -> None:

@@ -6,9 +6,8 @@ import contextlib
 import dataclasses
 import math
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -17,22 +16,10 @@ from sparseft.delta import save_delta
 from sparseft.integrations import measure
 from sparseft.integrations.encoding import Encoded
 from sparseft.integrations.evaluation import Evaluation, evaluate
-from sparseft.integrations.models import Loaded
-from sparseft.mask import Mask, fingerprint, versions
+from sparseft.integrations.fitting import fit
+from sparseft.integrations.models import Loaded, device
+from sparseft.mask import Mask
 from sparseft.optim import SparseAdamW
-from sparseft.selection import METHODS as SELECTION_METHODS
-from sparseft.selection import select
-from sparseft.selection.scopes import Scope, Structure, check_groups
-from sparseft.selection.top_k import check_density
-
-if TYPE_CHECKING:
-    from sparseft.integrations.clock import Clock
-
-# "head" trains new parameters only, "full" trains everything with torch.optim.AdamW
-BASELINES = ("head", "full")
-METHODS = (*SELECTION_METHODS, *BASELINES)
-SAMPLING = tuple(name for name, method in SELECTION_METHODS.items() if method.needs_data)
-DEFAULT_DENSITY = 0.005
 
 # Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
 # ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
@@ -53,7 +40,6 @@ DEFAULT_LR = {
     "full": 3e-4,
 }
 HEAD_LR = 3e-2  # of new parameters, beside any method
-WARMUP = 0.1  # share of the steps
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,77 +69,6 @@ class Result:
     checkpoint_bytes: int
 
 
-def device() -> torch.device:
-    """Return where training runs: the CUDA device if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def choose(
-    loaded: Loaded,
-    encoded: Encoded,
-    method: str = "fish",
-    density: float | None = None,
-    *,
-    include: Sequence[str] = (),
-    exclude: Sequence[str] = (),
-    scope: Scope | None = None,
-    structure: Structure | None = None,
-    block: tuple[int, int] | None = None,
-    samples: int | None = None,
-    batch_size: int = 16,
-    seed: int = 0,
-    progress: bool = True,
-) -> Mask | None:
-    """Choose which weights to train, looking at training rows only; None stands for all of them (method "full").
-
-    Args:
-        loaded: the model; its new parameters train whole, outside the budget.
-        encoded: the data.
-        method: a selection method, "head" or "full".
-        density: selected over selectable weights, in (0, 1]; 0.005 if left out. "bitfit" has none.
-        include: patterns of the parameters to select from; all if empty.
-        exclude: patterns of parameters to leave out.
-        scope: among which weights they are ranked, as for `sparseft.select`; None for the method's own.
-        structure: whole units to select, as for `sparseft.select`.
-        block: rows and columns of a block.
-        samples: rows to look at, for a method that looks at any; None for the method's default.
-        batch_size: rows at a time.
-        seed: which rows, and a method's own random choices.
-        progress: show a progress bar on stderr.
-
-    Raises:
-        ValueError: an option is out of range or does not go with the method.
-    """
-    check_choice(method, density, samples, scope, structure, block)
-    if method == "full":
-        return None
-    if method == "head":
-        return _head_mask(loaded)
-    options: dict[str, Any] = {}
-    if samples is not None:
-        by_batch = method in ("sift", "snip")
-        options = {"batches": math.ceil(samples / batch_size)} if by_batch else {"samples": samples}
-    if method == "gps" and encoded.task != "classification":
-        options["objective"] = "task"  # there are no classes to tell apart
-    if method != "bitfit":
-        options["density"] = DEFAULT_DENSITY if density is None else density
-    loaded.model.to(device())
-    return select(
-        method,
-        loaded.model,
-        encoded.batches(encoded.train, batch_size, device(), seed),
-        dense=loaded.new,
-        include=include or None,
-        exclude=exclude or None,
-        scope=scope,
-        structure=structure,
-        block=block,
-        seed=seed,
-        progress=progress,
-        **options,
-    )
-
-
 def train(
     loaded: Loaded,
     encoded: Encoded,
@@ -171,8 +86,7 @@ def train(
 ) -> Result:
     """Fine-tune a model in place, with compact gradients if there is a mask, and measure it on the dev split.
 
-    The schedule is the same for every method: AdamW, a linear warm-up over a tenth of the steps, then linear decay to
-    zero; no gradient clipping.
+    AdamW and the learning rates' course (see `fit`) are the same for every method.
 
     Args:
         loaded: the model, as it was loaded.
@@ -212,7 +126,7 @@ def train(
                 f"head_lr is for new parameters that train beside others, got {head_lr} for {method}; use lr"
             )
         optimizer = _optimizer(groups, mask, lr, weight_decay)
-        clock = _fit(model, encoded, optimizer, steps, batch_size, bf16, seed, progress)
+        clock = fit(model, encoded, optimizer, steps, batch_size=batch_size, bf16=bf16, seed=seed, progress=progress)
         peak = measure.peak_memory()
     evaluation = evaluate(model, encoded, encoded.dev, progress=progress)
     if not bool(torch.isfinite(evaluation.outputs).all()):
@@ -220,29 +134,6 @@ def train(
     trained = sum(parameter.numel() for parameter in model.parameters()) if mask is None else mask.trained
     size = checkpoint_bytes(model, mask)
     return Result(str(method), lr, head_lr, trained, evaluation, steps, clock.median, peak, size)
-
-
-def check_choice(
-    method: str,
-    density: float | None = None,
-    samples: int | None = None,
-    scope: Scope | None = None,
-    structure: Structure | None = None,
-    block: tuple[int, int] | None = None,
-) -> None:
-    """Raise unless the method is known, what is in range, and options are given to methods that have them only."""
-    if method not in METHODS:
-        raise ValueError(f"method must be one of {', '.join(METHODS)}, got {method!r}")
-    check_density(DEFAULT_DENSITY if density is None else density)
-    if density is not None and method == "bitfit":
-        raise ValueError(f"density must be left out for method 'bitfit', which takes all biases; got {density}")
-    if samples is not None and method not in SAMPLING:
-        raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
-    given = {"scope": scope, "structure": structure, "block": block}
-    surplus = [name for name, value in given.items() if value is not None]
-    if surplus and method in (*BASELINES, "bitfit"):
-        raise ValueError(f"{', '.join(surplus)} must be left out for method {method!r}, which ranks nothing")
-    check_groups(scope or "global", structure, block, None, counted=True)
 
 
 def check_schedule(
@@ -265,20 +156,6 @@ def checkpoint_bytes(model: Any, mask: Mask | None) -> int:
         return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def _head_mask(loaded: Loaded) -> Mask:
-    if not loaded.new:
-        raise ValueError("method 'head' needs a model whose head is new, and this one has no new parameter")
-    shapes = {name: parameter.shape for name, parameter in loaded.model.named_parameters()}
-    rest = {name: shape for name, shape in shapes.items() if name not in loaded.new}
-    return Mask(
-        {},
-        rest,
-        dense={name: shapes[name] for name in loaded.new},
-        info={"method": "head", "versions": versions()},
-        fingerprint=fingerprint(loaded.model, rest),
-    )
-
-
 def _groups(loaded: Loaded, mask: Mask | None) -> list[dict[str, Any]]:
     """Return what trains, new parameters in a group of their own, which is the last."""
     if mask is not None:
@@ -295,57 +172,3 @@ def _optimizer(
     if mask is None:
         return torch.optim.AdamW(groups, lr=lr, weight_decay=weight_decay, fused=True)
     return SparseAdamW(groups, lr=lr, weight_decay=weight_decay)
-
-
-def _fit(
-    model: Any,
-    encoded: Encoded,
-    optimizer: torch.optim.Optimizer,
-    steps: int,
-    batch_size: int,
-    bf16: bool,
-    seed: int,
-    progress: bool,
-) -> Clock:
-    from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
-
-    from sparseft.integrations.clock import Clock
-
-    schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
-    clock = Clock("train", progress)
-    with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            output_dir=folder,
-            max_steps=steps,
-            per_device_train_batch_size=batch_size,
-            max_grad_norm=0.0,
-            bf16=bf16,
-            seed=seed,
-            # padding is computed like text, and half of a batch in random order is padding
-            train_sampling_strategy="group_by_length",
-            save_strategy="no",
-            logging_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            remove_unused_columns=False,
-            dataloader_pin_memory=False,
-            use_cpu=device().type == "cpu",
-        )
-        # one process trains on one device: DataParallel would multiply the batch
-        arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = Trainer(
-            model,
-            arguments,
-            data_collator=encoded.collate,
-            train_dataset=encoded.train,
-            optimizers=(optimizer, schedule),
-            callbacks=[clock],
-        )
-        # it prints to stdout, which is for results
-        trainer.remove_callback(PrinterCallback)
-        try:
-            trainer.train()
-        finally:
-            # autocast would stay on the model's forward
-            trainer.accelerator.unwrap_model(model, keep_fp32_wrapper=False)
-    return clock
