@@ -17,8 +17,9 @@ from typing import Any
 import provenance
 import torch
 import transformers
+import ways
 
-from sparseft.integrations import encoding, examples, models, training
+from sparseft.integrations import encoding, evaluation, examples, models, training
 
 sys.path.append(str(provenance.ROOT / "examples"))
 import docstrings
@@ -36,35 +37,23 @@ def held_out(seed: int) -> examples.Splits:
     return examples.prepare(order[count:], order[:count])
 
 
-def try_rates(method: str, rates: list[float], splits: examples.Splits, options: argparse.Namespace) -> None:
+def try_rates(name: str, rates: list[float], splits: examples.Splits, options: argparse.Namespace) -> None:
     """Train once for each rate from the same start, and record each run as soon as it ends."""
-    loaded = models.load(models.minilm(), splits, seed=options.seed)
-    encoded = encoding.encode(splits, loaded.tokenizer, options.max_length)
-    mask = training.choose(loaded, encoded, method, options.density, batch_size=options.batch_size, seed=options.seed)
+    task = prepare(splits, options)
     for rate in rates:
-        fresh = models.load(models.minilm(), splits, seed=options.seed)
-        started = time.perf_counter()
+        loaded, started = task.load(), time.perf_counter()
         try:
-            result = training.train(
-                fresh,
-                encoded,
-                mask,
-                lr=rate,
-                head_lr=None if method == "head" else options.head_lr,
-                max_steps=options.steps,
-                batch_size=options.batch_size,
-                seed=options.seed,
-                progress=False,
-            )
-            accuracy, loss = result.evaluation.metrics["accuracy"], _loss(result.evaluation.outputs, encoded.dev)
+            ways.WAYS[name].train(task, loaded, rate, options.head_lr)
+            found = evaluation.evaluate(loaded.model, task.encoded, task.encoded.dev)
+            accuracy, loss = found.metrics["accuracy"], _loss(found.outputs, task.encoded.dev)
         except RuntimeError as error:
             if "diverged" not in str(error):
                 raise
             accuracy, loss = 0.0, float("inf")
         row = {
-            "method": method,
+            "method": name,
             "lr": rate,
-            "head_lr": rate if method == "head" else options.head_lr,
+            "head_lr": rate if name == "head" else options.head_lr,
             "accuracy": round(accuracy, 4),
             "loss": round(loss, 4),
             "density": options.density,
@@ -72,13 +61,21 @@ def try_rates(method: str, rates: list[float], splits: examples.Splits, options:
             "batch_size": options.batch_size,
             "max_length": options.max_length,
             "seed": options.seed,
-            "train_rows": len(encoded.train),
-            "held_out_rows": len(encoded.dev),
+            "train_rows": len(task.encoded.train),
+            "held_out_rows": len(task.encoded.dev),
             "seconds": round(time.perf_counter() - started, 1),
             **provenance.stamp(),
         }
         provenance.append(provenance.RESULTS / f"sweep-{options.machine}.csv", [row])
-        print(f"{method:9} {rate:7.0e}  accuracy {accuracy:.3f}  loss {loss:.3f}  {row['seconds']:.0f} s", flush=True)
+        print(f"{name:15} {rate:7.0e}  accuracy {accuracy:.3f}  loss {loss:.3f}  {row['seconds']:.0f} s", flush=True)
+
+
+def prepare(splits: examples.Splits, options: argparse.Namespace) -> ways.Task:
+    """Encode the rows; a method looks at as many of them as by default it does in the command."""
+    tokenizer = models.load(models.minilm(), splits, seed=options.seed).tokenizer
+    encoded = encoding.encode(splits, tokenizer, options.max_length)
+    same = {name: getattr(options, name) for name in ("density", "batch_size", "samples", "seed")}
+    return ways.Task(splits, encoded, max_steps=options.steps, **same)
 
 
 def _loss(outputs: torch.Tensor, rows: list[dict[str, Any]]) -> float:
@@ -90,13 +87,14 @@ def main() -> None:
     """Read the command line and try every method."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("machine", help="name of the results file")
-    parser.add_argument("--methods", nargs="+", choices=training.METHODS, default=list(training.METHODS))
+    parser.add_argument("--methods", nargs="+", choices=list(ways.WAYS), default=list(ways.WAYS), metavar="WAY")
     parser.add_argument("--rates", nargs="+", type=float, default=list(RATES))
     parser.add_argument("--head-lr", type=float, default=training.HEAD_LR)
     parser.add_argument("--density", type=float, default=0.005)
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-length", type=int, default=40)
+    parser.add_argument("--samples", type=int, default=1024, help="rows that a method looks at")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     transformers.logging.set_verbosity_error()
