@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from types import TracebackType
@@ -40,18 +41,7 @@ def save_delta(
         ValueError: the mask is of another model, or something outside of it changed; nothing was written.
         OSError: the file could not be written; nothing at `path` was changed.
     """
-    mask.check(model)
-    if check_weights:
-        _check_rest(model, mask)
-    parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    local = {name: index.to(parameters[name].device) for name, index in mask.items()}
-    values = torch.ops.sparseft.gather([parameters[name] for name in local], list(local.values()))
-    tensors = {"indices." + name: files.encode_indices(index) for name, index in mask.items()}
-    tensors |= {_VALUES + name: value for name, value in zip(local, values, strict=True)}
-    tensors |= {_DENSE + name: parameters[name] for name in mask.dense}
-    header = mask.header()
-    header["info"] = {**mask.info, **(info or {})}
-    files.save(path, "delta", tensors, header)
+    Delta.of(model, mask, info, check_weights=check_weights).save(path)
 
 
 def _check_rest(model: nn.Module, mask: Mask) -> None:
@@ -80,6 +70,26 @@ class Delta:
         self.mask, self.values, self.dense = mask, values, dense
 
     @classmethod
+    def of(
+        cls, model: nn.Module, mask: Mask, info: Mapping[str, Any] | None = None, *, check_weights: bool = True
+    ) -> Delta:
+        """Return what `save_delta` writes: copies, which do not follow the model as it trains on.
+
+        Raises:
+            ValueError: the mask is of another model, or something outside of it changed.
+        """
+        mask.check(model)
+        if check_weights:
+            _check_rest(model, mask)
+        parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        local = {name: index.to(parameters[name].device) for name, index in mask.items()}
+        values = torch.ops.sparseft.gather([parameters[name] for name in local], list(local.values()))
+        kept = copy.copy(mask)
+        kept.info = {**mask.info, **(info or {})}
+        dense = {name: parameters[name].clone() for name in mask.dense}
+        return cls(kept, dict(zip(local, values, strict=True)), dense)
+
+    @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:
         """Read a delta file. Safetensors only: reading never runs code.
 
@@ -96,6 +106,17 @@ class Delta:
         if short:
             raise ValueError(f"{path} is damaged: values and indices differ in length for {short}; fetch it again")
         return cls(mask, values, dense)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the delta as `save_delta` does. Atomic: an older file survives.
+
+        Raises:
+            OSError: the file could not be written; nothing at `path` was changed.
+        """
+        tensors = {"indices." + name: files.encode_indices(index) for name, index in self.mask.items()}
+        tensors |= {_VALUES + name: value for name, value in self.values.items()}
+        tensors |= {_DENSE + name: whole for name, whole in self.dense.items()}
+        files.save(path, "delta", tensors, self.mask.header())
 
     def apply(self, model: nn.Module, check_weights: bool = True) -> AppliedDelta:
         """Swap the delta into a model, in place.
