@@ -41,9 +41,10 @@ __all__ = [
     "select",
     "step_in_backward",
     "top_k",
+    "workers",
 ]
 
-_ROOMS = ("data", "design_space", "schedules")  # imported when they are asked for: not every start needs them
+_ROOMS = ("data", "design_space", "schedules", "workers")  # imported when asked for: not every start needs them
 
 
 def __getattr__(name: str) -> Any:

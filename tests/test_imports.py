@@ -37,6 +37,7 @@ MAY_CALL = {
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},
     "data": {"files", "fisher"},
+    "workers": {"delta", "entries", "fisher", "mask", "selection"},
 }
 LEAVES = {"integrations", "cli", "__init__", "__main__"}
 FOREIGN = {"transformers", "datasets", "accelerate", "peft", "trl", "lightning"}
