@@ -213,18 +213,24 @@ def select(
 
 @app.command(epilog="Example: sparseft merge rte-fish --output rte-merged")
 def merge(
-    source: Annotated[Path, typer.Argument(help="Folder that `sparseft train` wrote, or a delta file.")],
+    sources: Annotated[
+        list[Path], typer.Argument(help="Folders that `sparseft train` wrote, or delta files; several are of workers.")
+    ],
     output: _Output,
-    base: Annotated[str | None, typer.Option(help="Base model; the one the delta names if left out.")] = None,
+    base: Annotated[str | None, typer.Option(help="Base model; the one the deltas name if left out.")] = None,
+    overlap: Annotated[
+        Literal["error", "mean"], typer.Option(help="What becomes of selected entries that are in several deltas.")
+    ] = "error",
+    partial: Annotated[bool, typer.Option("--partial", help="Workers of a split may be missing.")] = False,
     overwrite: _Overwrite = False,
 ) -> None:
-    """Put a delta into its base model and write a plain transformers folder."""
+    """Put a delta, or those of several workers, into the base model and write a plain transformers folder."""
     with _results() as results:
         from sparseft.integrations import checkpoint, models
 
         models.quiet()
         checkpoint.check_output(output, overwrite)
-        results |= checkpoint.merge(source, output, base)
+        results |= checkpoint.merge(sources, output, base, overlap, partial)
 
 
 @app.command(epilog="Example: sparseft inspect rte-fish/delta.safetensors")

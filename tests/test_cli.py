@@ -488,6 +488,46 @@ def test_merge_refuses_what_does_not_fit(bert, data, tmp_path):
     assert not (tmp_path / "again").exists()
 
 
+def test_what_workers_trained_apart_is_merged(bert, data, tmp_path):
+    mask = sparseft.Mask.load(make_mask(bert, data, tmp_path))
+    for worker, part in enumerate(sparseft.workers.split(mask, 2)):
+        part.save(tmp_path / f"{worker}.mask")
+        rows = write_rows(tmp_path, "own.jsonl", map(classified, sentences(40, seed=worker)))
+        options = ["--train", rows, *data[2:], "--mask", tmp_path / f"{worker}.mask", "--lr", 0.01, "--max-steps", 2]
+        run("train", bert, *options, "-o", tmp_path / f"{worker}")
+    merged = run("merge", tmp_path / "0", tmp_path / "1" / "delta.safetensors", "-o", tmp_path / "merged")
+    assert merged["merged"] == mask.trained
+    assert merged["base_model"] == str(bert)
+
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged")
+    base = transformers.BertModel.from_pretrained(bert)
+    deltas = [sparseft.Delta.load(tmp_path / f"{worker}" / "delta.safetensors") for worker in range(2)]
+    for name, parameter in model.named_parameters():
+        if name.startswith("classifier"):
+            assert not torch.equal(deltas[0].dense[name], deltas[1].dense[name])
+            torch.testing.assert_close(parameter, (deltas[0].dense[name] + deltas[1].dense[name]) / 2)
+            continue
+        wanted = base.get_parameter(name.removeprefix("bert.")).detach().clone()
+        for delta in deltas:
+            if name in delta.mask:
+                wanted.view(-1)[delta.mask[name].long()] = delta.values[name]
+        assert torch.equal(parameter, wanted), name
+
+    one = [tmp_path / "0", "-o", tmp_path / "one"]
+    assert "all 2 workers of a split must be there, got none of [1]" in run("merge", *one, expect=2)
+    assert run("merge", *one, "--partial")["merged"] == deltas[0].mask.trained
+    twice = [tmp_path / "0", tmp_path / "0", "--partial"]
+    assert "deltas must be disjoint" in run("merge", *twice, "-o", tmp_path / "two", expect=2)
+    run("merge", *twice, "--overlap", "mean", "-o", tmp_path / "two")
+    same = [(tmp_path / folder / "model.safetensors").read_bytes() for folder in ("one", "two")]
+    assert same[0] == same[1]
+    config = tmp_path / "1" / "config.json"
+    config.write_text(config.read_text().replace('"few"', '"little"'))
+    both = [tmp_path / "0", tmp_path / "1", "-o", tmp_path / "none"]
+    assert "deltas must be of the same classes in one order" in run("merge", *both, expect=2)
+    assert not (tmp_path / "none").exists()
+
+
 def make_mask(model, data, folder):
     run("select", model, "--train", data[1], "--method", "random", "-o", folder / "random.mask")
     return folder / "random.mask"

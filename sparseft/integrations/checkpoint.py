@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from torch import Tensor
 
+from sparseft import workers
 from sparseft.delta import Delta, save_delta
 from sparseft.integrations import strict_json
 from sparseft.integrations.examples import Splits
@@ -98,37 +100,62 @@ def save_run(folder: Path, inputs: Inputs, mask: Mask | None, run: Result, optio
     return results
 
 
-def merge(source: Path, output: Path, base: str | None = None) -> dict[str, Any]:
-    """Write the base model with a delta in it as a plain transformers folder.
+def merge(
+    sources: Sequence[Path],
+    output: Path,
+    base: str | None = None,
+    overlap: workers.Overlap = "error",
+    partial: bool = False,
+) -> dict[str, Any]:
+    """Write the base model with a delta in it, or with those of several workers, as a plain transformers folder.
 
     Args:
-        source: a folder that `save_run` wrote, or a delta file.
+        sources: folders that `save_run` wrote, or delta files; config and tokenizer are those beside the first.
         output: the folder to write.
-        base: the base model; None for the one that the delta names.
+        base: the base model; None for the one that the deltas name.
+        overlap: what happens to entries that are in several deltas; see `sparseft.workers.merge`.
+        partial: whether workers of a split may be missing.
 
     Returns:
         What was merged, as plain values.
 
     Raises:
-        ValueError: there is no delta, its base is unknown or cannot be loaded, or the delta is another model's.
+        ValueError: there is no delta, its base is unknown or cannot be loaded, the delta is another model's, or
+            deltas do not go together.
     """
-    file = source / DELTA if source.is_dir() else source
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; give a folder that `sparseft train` wrote, or a delta file")
-    delta = Delta.load(file)
+    files = [source / DELTA if source.is_dir() else source for source in sources]
+    for file in files:
+        if not file.is_file():
+            raise ValueError(f"{file} does not exist; give a folder that `sparseft train` wrote, or a delta file")
+    _check_labels(files)
+    delta = workers.merge(map(Delta.load, files), overlap=overlap, partial=partial)
     base = base or delta.mask.info.get("base_model")
     if base is None:
-        raise ValueError(f"{file} does not say which model it belongs to; name it with --base")
+        named = (
+            f"{files[0]} does not say which model it belongs to" if len(files) == 1 else "deltas name no common base"
+        )
+        raise ValueError(f"{named}; name it with --base")
     try:
         check_source(base)
     except ValueError as error:
         raise ValueError(f"the base model is not there: {error}; name it with --base") from error
-    model, tokenizer = _load_base(base, file.parent)
+    model, tokenizer = _load_base(base, files[0].parent)
     delta.apply(model)
     with staged(output) as temporary:
         model.save_pretrained(temporary)
         tokenizer.save_pretrained(temporary)
-    return {"base_model": base, "delta": file, "merged": delta.mask.trained, "output": output}
+    return {"base_model": base, "deltas": files, "merged": delta.mask.trained, "output": output}
+
+
+def _check_labels(files: Sequence[Path]) -> None:
+    """Raise if the configs beside deltas name other classes: their heads would be averaged class by class."""
+    first: Any = None
+    for config in (file.parent / "config.json" for file in files):
+        if config.is_file():
+            labels = json.loads(config.read_text(encoding="utf-8")).get("id2label")
+            first = labels if first is None else first
+            if labels != first:
+                raise ValueError(f"deltas must be of the same classes in one order, got {first} and {labels}")
 
 
 def _base(inputs: Inputs) -> str:
