@@ -9,6 +9,7 @@ import transformers as tf
 from tokenizers import Tokenizer, pre_tokenizers
 from tokenizers.models import BPE
 
+import sparseft
 from sparseft import data, schedules
 from sparseft.design_space import Space
 from sparseft.selection import METHODS
@@ -45,7 +46,7 @@ def test_the_example_runs(run):
 
 def test_adapters_train_beside_selected_entries(run):
     pytest.importorskip("peft", reason="peers are installed by `make bench`")
-    found = run("docs/recipes.md", count=2)
+    found = run("docs/recipes.md", count=3)
     model, mask, plain = found["model"], found["mask"], found["plain"]
     before, after = dict(found["adapted"]().named_parameters()), dict(model.named_parameters())
     assert any("lora_A" in name for name in mask.dense)
@@ -67,13 +68,29 @@ def test_samples_are_chosen(run, tmp_path):
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
     tf.LlamaForCausalLM(tf.LlamaConfig(vocab_size=257, **sizes)).save_pretrained(tmp_path / "lm")
-    found = run("docs/recipes.md", 1, 2, "HuggingFaceTB/SmolLM2-135M", tmp_path / "lm")
+    found = run("docs/recipes.md", 1, 3, "HuggingFaceTB/SmolLM2-135M", tmp_path / "lm")
     shapes = {name: list(found[name].shape) for name in ("among", "with_task", "of_task", "known")}
     assert shapes == {"among": [12, 12], "with_task": [12, 2], "of_task": [2, 12], "known": [2, 12]}
     for name, count in (("chosen", 3), ("for_task", 4), ("as_published", 4), ("new", 4)):
         assert len(set(found[name].indices)) == count
     assert [found["pool"][index] for index in found["chosen"].indices] == list(found["train"])
     assert data.ChosenSamples.load("chosen.safetensors").indices == found["chosen"].indices
+
+
+def test_workers_train_apart_and_are_merged(run):
+    found = run("docs/recipes.md", 2, 3)
+    model, masks, trained = found["model"], found["masks"], found["trained"]
+    assert masks[0].k == masks[1].k == int(0.0025 * masks[0].n)
+    assert masks[0].intersection(masks[1]).k == 0
+    assert masks[0].union(masks[1]) == found["merged"].mask
+    assert trained.k > 2 * masks[0].k
+    torch.manual_seed(0)
+    again = type(model).from_pretrained(found["name"], num_labels=2)
+    moved = {name: (p != again.get_parameter(name)).sum() for name, p in model.named_parameters()}
+    assert moved["classifier.weight"] > 0
+    assert sum(count for name, count in moved.items() if name in trained) > 0.9 * trained.k
+    sparseft.load_delta(again, "delta.safetensors")
+    assert all(torch.equal(p, again.get_parameter(name)) for name, p in model.named_parameters())
 
 
 def test_every_method_is_named():
