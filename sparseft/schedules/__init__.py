@@ -1,6 +1,7 @@
 """Choosing anew while training: objects that watch an optimizer's steps and change its mask."""
 
 from sparseft.schedules.base import Schedule
+from sparseft.schedules.child_tuning_f import ChildTuningF
 from sparseft.schedules.dps import DPS
 from sparseft.schedules.dps_mix import DPSMix
 from sparseft.schedules.drop_grow import DropGrow
@@ -8,4 +9,4 @@ from sparseft.schedules.lt_sft import LTSFT
 from sparseft.schedules.mixout import Mixout
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["DPS", "DPSMix", "DropGrow", "LTSFT", "Mixout", "Refresh", "Schedule"]
+__all__ = ["DPS", "ChildTuningF", "DPSMix", "DropGrow", "LTSFT", "Mixout", "Refresh", "Schedule"]

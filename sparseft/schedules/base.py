@@ -109,6 +109,9 @@ class Schedule:
         """Return the options that a state must agree with, as plain values."""
         raise NotImplementedError
 
+    def _before_step(self) -> None:
+        """Do what there is to do before a step that counts, with its gradients, and weights that are not changed."""
+
     def _after_step(self) -> None:
         """Do what there is to do after a step that counts; its gradients are still there."""
         raise NotImplementedError
@@ -184,6 +187,8 @@ class Schedule:
         self._step_is_good = bool(norm.isfinite()) and not left_out
         if not self._step_is_good:
             self.optimizer.found_inf = torch.ones_like(norm)  # type: ignore[attr-defined]
+            return
+        self._before_step()
 
     def _after(self, optimizer: SparseOptimizer, args: Any, kwargs: Any) -> None:
         if self._step_is_good is None:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from sparseft.low_bits import mix, mixed_seed
+from sparseft.schedules.draws import generator_at
+from sparseft.schedules.substitution import Substitution
 
 
 class Mixing:
@@ -42,24 +42,17 @@ class Mixing:
         self.p, self.seed, self._step, self._inputs = p, seed, step, dict(inputs)
         parameters = dict(model.named_parameters())
         self.pretrained = {name: parameters[name].detach().clone() for name in inputs}
-        names = {id(parameters[name]): name for name in inputs}
-        self._handles: list[Any] = []
-        for module in model.modules():
-            its = {key: names[id(p)] for key, p in module._parameters.items() if id(p) in names}
-            if its:
-                self._watch(module, its)
+        self._substitution = Substitution(model, inputs, self._in_place_of)
 
     def close(self) -> None:
         """Have the layers compute with their weights again."""
-        for handle in self._handles:
-            handle.remove()
+        self._substitution.close()
 
     def kept(self, name: str, step: int) -> Tensor:
         """Return which columns or entries of a weight are its own at a step, bool, in a shape that fits it."""
         weight, inputs = self.pretrained[name], self._inputs[name]
         shape = [size if inputs in (dim, None) else 1 for dim, size in enumerate(weight.shape)]
-        place = list(self._inputs).index(name)
-        generator = torch.Generator(weight.device).manual_seed(mix(mix(mixed_seed(self.seed) ^ step) ^ place))
+        generator = generator_at(self.seed, step, list(self._inputs).index(name), weight.device)
         return torch.rand(shape, generator=generator, device=weight.device) >= self.p
 
     def mixed(self, name: str, weight: Tensor, step: int) -> Tensor:
@@ -67,21 +60,6 @@ class Mixing:
         pretrained = self.pretrained[name]
         return torch.where(self.kept(name, step), torch.lerp(pretrained, weight, 1 / (1 - self.p)), pretrained)
 
-    def _watch(self, mine: nn.Module, names: dict[str, str]) -> None:
-        def before(module: nn.Module, args: Any) -> None:
-            step = self._step()
-            # hooks are copied with a model, whose weights these are not
-            if module is mine and module.training and step is not None:
-                for key, name in names.items():
-                    weight = module._parameters[key]
-                    if weight is not None:
-                        # is found before the parameter of that name
-                        module.__dict__[key] = self.mixed(name, weight, step)
-
-        def after(module: nn.Module, args: Any, output: Any) -> None:
-            if module is mine:
-                for key in names:
-                    module.__dict__.pop(key, None)
-
-        self._handles.append(mine.register_forward_pre_hook(before))
-        self._handles.append(mine.register_forward_hook(after, always_call=True))
+    def _in_place_of(self, name: str, weight: Tensor, training: bool) -> Tensor | None:
+        step = self._step()
+        return self.mixed(name, weight, step) if training and step is not None else None

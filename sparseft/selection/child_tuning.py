@@ -1,7 +1,7 @@
 """Child-Tuning-D: the largest Fisher information over the training set. Source: arXiv 2109.05687.
 
 Child-Tuning-F of the same paper draws another random child network at every step, and divides the gradients kept by
-their share. That is a schedule, no choice of weights; a child drawn once is method "random".
+their share. That is a schedule, `sparseft.schedules.ChildTuningF`; a child drawn once is method "random".
 """
 
 from __future__ import annotations
