@@ -2,6 +2,7 @@
 
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.child_tuning_f import ChildTuningF
+from sparseft.schedules.diff_pruning import DiffPruning
 from sparseft.schedules.dps import DPS
 from sparseft.schedules.dps_mix import DPSMix
 from sparseft.schedules.drop_grow import DropGrow
@@ -9,4 +10,4 @@ from sparseft.schedules.lt_sft import LTSFT
 from sparseft.schedules.mixout import Mixout
 from sparseft.schedules.refresh import Refresh
 
-__all__ = ["DPS", "ChildTuningF", "DPSMix", "DropGrow", "LTSFT", "Mixout", "Refresh", "Schedule"]
+__all__ = ["DPS", "ChildTuningF", "DPSMix", "DiffPruning", "DropGrow", "LTSFT", "Mixout", "Refresh", "Schedule"]

@@ -12,9 +12,9 @@ from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
-from sparseft.schedules.masks import linear_weights, whole_mask
-from sparseft.selection.scopes import Scope, check_groups, layouts
-from sparseft.selection.top_k import check_density, top_k
+from sparseft.schedules.masks import linear_weights, ranked, whole_mask
+from sparseft.selection.scopes import Scope, check_groups
+from sparseft.selection.top_k import check_density
 
 
 class DPS(Schedule):
@@ -129,16 +129,7 @@ class DPS(Schedule):
 
     def _ranked(self, scores: dict[str, Tensor]) -> Mask:
         info = {"method": type(self).__name__, "density_asked": self.density, "scope": self.scope, "step": self.steps}
-        whole, views = self._whole, layouts(self.model)
-        return top_k(
-            scores,
-            self.density,
-            scope=self.scope,
-            layouts=views,
-            dense=whole.dense,
-            aliases=whole.aliases,
-            info=info,
-        )
+        return ranked(scores, self._whole, self.model, self.density, self.scope, info)
 
     def _freeze(self, mask: Mask) -> None:
         self._left_out = left_out_states(self.optimizer, mask, self.model)

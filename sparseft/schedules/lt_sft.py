@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
-from sparseft.schedules.masks import whole_mask
-from sparseft.selection.scopes import Scope, check_groups, layouts
-from sparseft.selection.top_k import check_density, top_k
+from sparseft.schedules.masks import ranked, whole_mask
+from sparseft.selection.scopes import Scope, check_groups
+from sparseft.selection.top_k import check_density
 
 
 class LTSFT(Schedule):
@@ -105,12 +105,4 @@ class LTSFT(Schedule):
         whole, weights = self.mask, self._weights()
         changes = {name: (weights[name].float() - self._pretrained[name].float()).abs_() for name in whole.shapes}
         info = {"method": "LTSFT", "density_asked": self.density, "scope": self.scope, "step": self.steps}
-        return top_k(
-            changes,
-            self.density,
-            scope=self.scope,
-            layouts=layouts(self.model),
-            dense=whole.dense,
-            aliases=whole.aliases,
-            info=info,
-        )
+        return ranked(changes, whole, self.model, self.density, self.scope, info)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from sparseft.index_lists import index_dtype
 from sparseft.mask import Mask, aliases, match_names
 from sparseft.optim.base import SparseOptimizer
+from sparseft.selection.scopes import Scope, layouts
+from sparseft.selection.top_k import top_k
 
 
 def whole_mask(
@@ -49,6 +51,25 @@ def whole_mask(
     }
     rest = {name: parameter.shape for name, parameter in parameters.items() if name not in shapes}
     return Mask(entries, shapes, dense=rest, aliases=aliases(model))
+
+
+def ranked(
+    scores: Mapping[str, Tensor], whole: Mask, model: nn.Module, density: float, scope: Scope, info: Mapping[str, Any]
+) -> Mask:
+    """Return the mask of the entries with the largest scores; what `whole` trains whole it does too.
+
+    Raises:
+        ValueError: scores are not finite, or all zero.
+    """
+    return top_k(
+        scores,
+        density,
+        scope=scope,
+        layouts=layouts(model),
+        dense=whole.dense,
+        aliases=whole.aliases,
+        info=info,
+    )
 
 
 def linear_weights(model: nn.Module) -> dict[str, int]:
