@@ -1,10 +1,10 @@
 """DPS against a loop over dense tensors with explicit masks; what it freezes, keeps, and resumes."""
 
-import io
 import math
 
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 
 import sparseft
@@ -221,19 +221,7 @@ def test_a_run_resumes_bit_for_bit_in_either_stage(until, dtype, options):
         optimizer = adamw(model, **options)
         return model, optimizer, DPS(model, optimizer, 0.02, stage_steps=STAGES, scope="global", include="*.weight")
 
-    model, optimizer, schedule = make()
-    run(model, optimizer, range(until))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
-    file.seek(0)
-    other, resumed, its_schedule = make()
-    for part, state in zip((other, its_schedule, resumed), torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    assert (its_schedule.steps, its_schedule.mask) == (until, schedule.mask)
-    run(model, optimizer, range(until, until + 9))
-    run(other, resumed, range(until, until + 9))
-    assert_same(model, other)
-    assert its_schedule.mask == schedule.mask
+    assert_resumes(make, run, until, 9)
 
 
 def test_accumulated_gradients_are_squared_once_a_step():

@@ -1,10 +1,10 @@
 """DPS Mix against a loop over dense tensors; mixed layers."""
 
 import copy
-import io
 
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
@@ -131,22 +131,15 @@ def test_draws_are_of_columns_and_the_mean_is_the_weight():
 
 @pytest.mark.parametrize("until", [2, 4, 5, 7])
 def test_a_run_resumes_bit_for_bit(until):
-    model = net()
-    optimizer, schedule = make(model)
-    run(model, optimizer, range(until))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
-    file.seek(0)
-    other = net()
-    with torch.no_grad():
-        other[0].weight.add_(1)  # the pretrained weights are those of the state
-    resumed, its = make(other)
-    for part, state in zip((other, its, resumed), torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
-        run(its_model, its_optimizer, range(until, until + 8))
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, other.get_parameter(name)), name
+    def ready():
+        model = net()
+        return model, *make(model)
+
+    def spoil(model, schedule):
+        # the pretrained weights are those of the state
+        schedule._mixing.pretrained["0.weight"].add_(1)
+
+    assert_resumes(ready, run, until, 8, spoil)
 
 
 @pytest.mark.parametrize(

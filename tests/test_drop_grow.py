@@ -1,10 +1,10 @@
 """Drop and grow against an exchange over dense tensors; what is not selected is pretrained at all times."""
 
-import io
 import math
 
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 
 import sparseft
@@ -86,21 +86,11 @@ def test_exactly_the_nearest_entries_are_dropped():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("until", [2, 3, 5])
 def test_a_run_resumes_bit_for_bit(until, dtype):
-    model = net(dtype)
-    optimizer, schedule = make(model, until=11)
-    run(model, optimizer, range(until))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
-    file.seek(0)
-    other = net(dtype)
-    resumed, its = make(other, until=11)
-    for part, state in zip((other, its, resumed), torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
-        run(its_model, its_optimizer, range(until, until + 5))
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, other.get_parameter(name)), name
-    assert its.mask == schedule.mask
+    def ready():
+        model = net(dtype)
+        return model, *make(model, until=11)
+
+    assert_resumes(ready, run, until, 5)
 
 
 def test_a_tensor_of_which_almost_all_is_selected_exchanges_what_is_left():

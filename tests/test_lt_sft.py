@@ -1,9 +1,8 @@
 """LT-SFT against the two runs of torch's own optimizer that it stands for."""
 
-import io
-
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 
 import sparseft
@@ -31,6 +30,17 @@ def run(model, optimizer, steps, after_backward=None):
 def make(model, density=0.1, **options):
     optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-2)
     return optimizer, LTSFT(model, optimizer, density, FULL, **options)
+
+
+def ready(dtype=torch.float32, **options):
+    model = net(dtype)
+    return model, *make(model, **options)
+
+
+def forget(model, schedule):
+    """Ruin what the state has to bring."""
+    for weight in schedule._start.values():
+        weight.zero_()
 
 
 @pytest.mark.parametrize("scope", ["global", "tensor"])
@@ -83,24 +93,68 @@ def test_the_delta_is_of_the_pretrained_model(tmp_path):
         assert torch.equal(weight, base.get_parameter(name)), name
 
 
+@pytest.mark.parametrize("rounds", [2, 4])
+def test_several_rounds_are_runs_of_dense_optimizers_with_growing_masks(rounds):
+    model, other = net(), net()
+    optimizer, schedule = make(model, 0.1, rounds=rounds, sparse_steps=3, dense="2.bias")
+    base = {name: p.detach().clone() for name, p in other.named_parameters()}
+    names = ["0.weight", "0.bias", "2.weight"]
+    n = sum(base[name].numel() for name in names)
+    k, step = n // 10, 0
+    assert k % rounds
+    chosen = torch.zeros(n, dtype=torch.bool)
+
+    def adamw():
+        return torch.optim.AdamW(other.parameters(), lr=1e-2, weight_decay=0.0)
+
+    for its_round in range(rounds):
+        assert (schedule.round, schedule.chosen) == (its_round, False)
+        start = {name: p.detach().clone() for name, p in other.named_parameters()}
+        run(other, adamw(), range(step, step + FULL))
+        change = torch.cat([(other.get_parameter(name).detach() - start[name]).abs().flatten() for name in names])
+        change[chosen] = -1
+        more = k * (its_round + 1) // rounds - int(chosen.sum())
+        chosen[change.argsort(descending=True, stable=True)[:more]] = True
+        masks = {"2.bias": torch.ones(4)}
+        masks |= {
+            name: part.view_as(base[name]).float()
+            for name, part in zip(names, chosen.split([base[name].numel() for name in names]), strict=True)
+        }
+        other.load_state_dict(start)
+        run(model, optimizer, range(step, step + FULL))
+        assert schedule.chosen
+        assert not optimizer.state
+        assert schedule.mask.k == int(chosen.sum())
+        for name in names:
+            mine = schedule.mask[name].long() if name in schedule.mask else torch.empty(0, dtype=torch.int64)
+            assert torch.equal(mine, masks[name].flatten().nonzero().flatten()), (its_round, name)
+
+        def only_the_mask(masks=masks):
+            for name, parameter in other.named_parameters():
+                parameter.grad *= masks[name]
+
+        # the last phase has no end
+        last = 3 if its_round < rounds - 1 else 9
+        run(other, adamw(), range(step + FULL, step + FULL + last), only_the_mask)
+        run(model, optimizer, range(step + FULL, step + FULL + last))
+        step += FULL + last
+        for name, weight in model.named_parameters():
+            torch.testing.assert_close(weight, other.get_parameter(name), rtol=1e-4, atol=2e-5, msg=name)
+            if name in names:
+                assert torch.equal(weight[masks[name] == 0], base[name][masks[name] == 0]), name
+    assert schedule.mask.k == k
+    assert schedule.chosen
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("until", [2, 4, 6])
 def test_a_run_resumes_bit_for_bit(until, dtype):
-    model = net(dtype)
-    optimizer, schedule = make(model)
-    run(model, optimizer, range(until))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
-    file.seek(0)
-    other = net(dtype)
-    resumed, its = make(other)
-    for part, state in zip((other, its, resumed), torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
-        run(its_model, its_optimizer, range(until, until + 4))
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, other.get_parameter(name)), name
-    assert its.mask == schedule.mask
+    assert_resumes(lambda: ready(dtype), run, until, 4, forget)
+
+
+@pytest.mark.parametrize("until", [2, 4, 6, 7, 9, 11, 15])
+def test_a_run_of_several_rounds_resumes_bit_for_bit(until):
+    assert_resumes(lambda: ready(rounds=2, sparse_steps=3), run, until, 9, forget)
 
 
 def test_weights_that_do_not_change_are_no_choice_and_nothing_is_rewound():
@@ -113,8 +167,20 @@ def test_weights_that_do_not_change_are_no_choice_and_nothing_is_rewound():
     assert schedule.mask.k == schedule.mask.n
 
 
-def test_no_steps_are_refused():
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"steps": 0}, "for at least one step before the choice, got 0"),
+        ({"rounds": 0}, "there must be at least one round, got 0"),
+        ({"rounds": 2}, "give them for several rounds and for no single one, got None for 2"),
+        ({"sparse_steps": 5}, "give them for several rounds and for no single one, got 5 for 1"),
+        ({"rounds": 2, "sparse_steps": 0}, "must train for at least one step in each round, got 0"),
+        ({"rounds": 2, "sparse_steps": 5, "scope": "tensor"}, "rank all entries together, got the scope 'tensor'"),
+        ({"rounds": 5, "sparse_steps": 5, "density": 0.005}, "an entry to choose, got 5 rounds for 3 of 634 entries"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(options, message):
     model = net()
     optimizer = sparseft.SparseSGD(model.parameters())
-    with pytest.raises(ValueError, match="for at least one step before the choice, got 0"):
-        LTSFT(model, optimizer, 0.1, 0)
+    with pytest.raises(ValueError, match=message):
+        LTSFT(model, optimizer, **{"density": 0.1, "steps": 4, **options})

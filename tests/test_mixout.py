@@ -1,9 +1,8 @@
 """Mixout against a loop over dense tensors."""
 
-import io
-
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 from torch.func import functional_call
 
@@ -67,21 +66,14 @@ def test_steps_are_those_of_a_loop_over_dense_tensors(sparse):
 
 
 def test_a_run_resumes_bit_for_bit():
-    model, other = net(), net()
-    optimizer, schedule = make(model, sparse=True)
-    run(model, optimizer, range(3))
-    file = io.BytesIO()
-    torch.save([part.state_dict() for part in (model, schedule, optimizer)], file)
-    file.seek(0)
-    resumed, its = make(other, sparse=True)
-    with torch.no_grad():
-        its._mixing.pretrained["0.weight"].zero_()
-    for part, state in zip((other, its, resumed), torch.load(file, weights_only=True), strict=True):
-        part.load_state_dict(state)
-    for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
-        run(its_model, its_optimizer, range(3, 7))
-    for name, weight in model.named_parameters():
-        assert torch.equal(weight, other.get_parameter(name)), name
+    def ready():
+        model = net()
+        return model, *make(model, sparse=True)
+
+    def spoil(model, schedule):
+        schedule._mixing.pretrained["0.weight"].zero_()
+
+    assert_resumes(ready, run, 3, 4, spoil)
 
 
 def test_what_cannot_be_mixed_is_refused():

@@ -1,10 +1,10 @@
 """Every schedule: counts optimizer steps, leaves bad ones out, resumes, refuses what does not fit."""
 
 import copy
-import io
 
 import pytest
 import torch
+from resuming import assert_resumes
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,6 +26,13 @@ def backward(model, step, scale=1.0):
     x, y = batch(step)
     weight = next(model.parameters())
     (nn.functional.cross_entropy(model(x.to(weight)).float(), y) * scale).backward()
+
+
+def run(model, optimizer, steps):
+    for step in steps:
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
 
 
 def weights(model):
@@ -170,30 +177,14 @@ def test_steps_that_gradscaler_leaves_out_do_not_count(unscale):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("until", [1, 2, 3])
 def test_a_run_resumes_bit_for_bit(until, dtype):
-    model = net(dtype)
-    optimizer, _ = run = refreshing(model)
-    for step in range(until):
-        backward(model, step)
-        optimizer.step()
-        optimizer.zero_grad()
-    file = io.BytesIO()
-    torch.save([model.state_dict(), *(part.state_dict() for part in run)], file)
+    def ready():
+        model = net(dtype)
+        return model, *refreshing(model)
 
-    file.seek(0)
-    state, optimizer_state, schedule_state = torch.load(file, weights_only=True)
-    other = net(dtype)
-    resumed, schedule = refreshing(other)
-    schedule._choose.calls = until // 2
-    other.load_state_dict(state)
-    schedule.load_state_dict(schedule_state)
-    resumed.load_state_dict(optimizer_state)
-    assert schedule.steps == until
-    for step in range(until, until + 4):
-        for its_model, its_optimizer in ((model, optimizer), (other, resumed)):
-            backward(its_model, step)
-            its_optimizer.step()
-            its_optimizer.zero_grad()
-    assert_same(model, other)
+    def choices_so_far(model, schedule):
+        schedule._choose.calls = until // 2
+
+    assert_resumes(ready, run, until, 4, choices_so_far)
 
 
 def test_a_closed_schedule_lets_the_optimizer_go_on():
@@ -270,3 +261,65 @@ def test_a_choice_of_other_parameters_is_refused_and_the_step_is_not_lost():
     choices[0] = sparseft.select("random", model, density=0.2, seed=9)
     optimizer.step()
     assert schedule.mask == choices[0]
+
+
+def batches(count=3):
+    return [batch(100 + step) for step in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("fish", {"samples": 16}),
+        ("fish", {"density": 0.1, "scope": "tensor"}),
+        ("sift", {"k": 50}),
+        ("gps", {"objective": "task", "per_group": 2}),
+        ("wanda", {"structure": "row", "density": 0.3}),
+        ("magnitude", {}),
+        ("random", {}),
+    ],
+)
+def test_masks_by_a_method_are_those_that_select_gives_then(method, options):
+    model, data = net(), batches()
+    # the head's bias trains whole, the other one not at all
+    mask = sparseft.select("random", model, density=0.2, include="*.weight", dense="2.bias")
+    budget = options if options.keys() & {"density", "k", "per_group"} else {**options, "k": mask.k}
+    optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=1e-2)
+    options = {**options, "progress": False}
+    schedule = Refresh.by_method(model, optimizer, mask, method, data, every=2, seed=5, **options)
+    for step in range(5):
+        backward(model, step)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 2:
+            expected = sparseft.select(
+                method, model, data, include="*.weight", dense="2.bias", seed=5 + step + 1, progress=False, **budget
+            )
+            assert schedule.mask == expected
+            assert schedule.mask != mask
+            mask = schedule.mask
+        assert schedule.mask == mask
+
+
+@pytest.mark.parametrize(
+    ("method", "data", "options", "error", "message"),
+    [
+        ("fisch", batches(), {}, ValueError, "method must be one of .*, got 'fisch'"),
+        ("fish", None, {}, ValueError, "method 'fish' needs data"),
+        ("fish", iter(batches()), {}, ValueError, "readable more than once, got list_iterator"),
+        ("fish", batches(), {"sample": 3}, TypeError, "method 'fish' has no option sample"),
+        ("fish", batches(), {"include": "0.*"}, ValueError, "are the mask's, got include"),
+        ("fish", batches(), {"density": 1.5}, ValueError, r"density must lie in \(0, 1\], got 1.5"),
+        ("fish", batches(), {"density": 0.1, "k": 3}, ValueError, "either density or k"),
+        ("fish", batches(), {"scope": "neuron"}, ValueError, "scope must be one of"),
+        ("bitfit", None, {}, ValueError, "chooses by names alone"),
+        ("random", None, {"every": 0}, ValueError, "every must be at least 1"),
+    ],
+)
+def test_a_method_that_could_not_choose_is_refused_at_the_beginning(method, data, options, error, message):
+    model = net()
+    mask = sparseft.select("random", model, density=0.2)
+    optimizer = sparseft.SparseAdamW(mask.param_groups(model))
+    with pytest.raises(error, match=message):
+        Refresh.by_method(model, optimizer, mask, method, data, **{"every": 2, **options})
+    Refresh.by_method(model, optimizer, mask, "random", every=1)

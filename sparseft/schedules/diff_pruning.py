@@ -197,7 +197,7 @@ class DiffPruning(Schedule):
             name: (self._gated(name, gates).float() - pretrained.float()).abs_()
             for name, pretrained in self._pretrained.items()
         }
-        return ranked(differences, self.mask, self.model, self.density, self.scope, info)
+        return ranked(differences, self.mask, self.model, density=self.density, scope=self.scope, info=info)
 
     def _gated(self, name: str, gates: Gates) -> Tensor:
         """Return what evaluation computes with in place of a weight."""

@@ -129,7 +129,7 @@ class DPS(Schedule):
 
     def _ranked(self, scores: dict[str, Tensor]) -> Mask:
         info = {"method": type(self).__name__, "density_asked": self.density, "scope": self.scope, "step": self.steps}
-        return ranked(scores, self._whole, self.model, self.density, self.scope, info)
+        return ranked(scores, self._whole, self.model, density=self.density, scope=self.scope, info=info)
 
     def _freeze(self, mask: Mask) -> None:
         self._left_out = left_out_states(self.optimizer, mask, self.model)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparseft.index_lists import index_dtype
 from sparseft.mask import Mask, aliases, match_names
 from sparseft.optim.base import SparseOptimizer
-from sparseft.selection.scopes import Scope, layouts
+from sparseft.selection.scopes import layouts
 from sparseft.selection.top_k import top_k
 
 
@@ -53,23 +53,15 @@ def whole_mask(
     return Mask(entries, shapes, dense=rest, aliases=aliases(model))
 
 
-def ranked(
-    scores: Mapping[str, Tensor], whole: Mask, model: nn.Module, density: float, scope: Scope, info: Mapping[str, Any]
-) -> Mask:
+def ranked(scores: Mapping[str, Tensor], whole: Mask, model: nn.Module, **options: Any) -> Mask:
     """Return the mask of the entries with the largest scores; what `whole` trains whole it does too.
 
+    options: those of `top_k`.
+
     Raises:
-        ValueError: scores are not finite, or all zero.
+        ValueError: as `top_k`: scores are not finite, or all zero.
     """
-    return top_k(
-        scores,
-        density,
-        scope=scope,
-        layouts=layouts(model),
-        dense=whole.dense,
-        aliases=whole.aliases,
-        info=info,
-    )
+    return top_k(scores, layouts=layouts(model), dense=whole.dense, aliases=whole.aliases, **options)
 
 
 def linear_weights(model: nn.Module) -> dict[str, int]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import inspect
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -11,6 +12,12 @@ from torch import nn
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
+from sparseft.selection import checked_method, select
+from sparseft.selection.scopes import check_groups
+from sparseft.selection.top_k import check_density
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class Refresh(Schedule):
@@ -44,6 +51,52 @@ class Refresh(Schedule):
         self.every, self._choose = every, choose
         super().__init__(model, optimizer, mask)
 
+    @classmethod
+    def by_method(
+        cls,
+        model: nn.Module,
+        optimizer: SparseOptimizer,
+        mask: Mask,
+        method: str,
+        data: Iterable[Any] | None = None,
+        *,
+        every: int,
+        seed: int = 0,
+        **options: Any,
+    ) -> Self:
+        """Choose by a selection method, from the parameters that the mask is of.
+
+        `Refresh.by_method(model, optimizer, mask, "fish", loader, every=len(loader))` are FISH's masks of every epoch.
+
+        Args:
+            model: as for the schedule.
+            optimizer: as for the schedule.
+            mask: as for the schedule.
+            method: as `sparseft.select` has it.
+            data: as `sparseft.select` has it, read anew for each choice; the same in all data-parallel processes.
+            every: as for the schedule.
+            seed: of what the method draws; the steps so far are added.
+            options: others of `sparseft.select`, and those of the method. Without a density, k or per_group it chooses
+                as many entries as the mask has.
+
+        Raises:
+            TypeError: the method has no such option.
+            ValueError: there is no such method, it chooses by names alone, its data is missing or can be read but
+                once, an option is out of range, or what the schedule raises.
+        """
+        if not options.keys() & {"density", "k", "per_group"}:
+            options["k"] = mask.k
+        _check_choice(model, method, data, seed, options)
+        chosen = {"include": list(mask.shapes), "dense": list(mask.dense), **options}
+        schedule = cls(
+            model,
+            optimizer,
+            mask,
+            every=every,
+            choose=lambda model: select(method, model, data, seed=seed + schedule.steps, **chosen),
+        )
+        return schedule
+
     def _options(self) -> dict[str, Any]:
         return {"every": self.every}
 
@@ -59,3 +112,26 @@ class Refresh(Schedule):
                     "freeze nothing in between"
                 )
             self._set_mask(mask)
+
+
+def _check_choice(
+    model: nn.Module, method: str, data: Iterable[Any] | None, seed: int, options: dict[str, Any]
+) -> None:
+    """Raise unless a method can choose with these options, as often as it has to."""
+    shared = inspect.signature(select).parameters
+    of_method = {key: value for key, value in options.items() if key not in shared}
+    found = checked_method(method, model, data, seed, of_method)
+    if found.scope is None:
+        raise ValueError(f"method {method!r} chooses by names alone, the same each time; there is nothing to refresh")
+    if names := options.keys() & {"include", "exclude", "dense"}:
+        raise ValueError(f"the parameters to choose from are the mask's, got {', '.join(sorted(names))}; leave it out")
+    if data is not None and iter(data) is data:
+        raise ValueError(
+            f"data must be readable more than once, got {type(data).__name__}, which the first choice would use up; "
+            "give a DataLoader or a list of batches"
+        )
+    density, k, per_group, structure = (options.get(key) for key in ("density", "k", "per_group", "structure"))
+    if per_group is None:
+        check_density(density, k)
+    scope = options.get("scope") or (found.scope if structure is None else "tensor")
+    check_groups(scope, structure, options.get("block"), per_group, counted=density is not None or k is not None)

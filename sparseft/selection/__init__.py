@@ -120,7 +120,7 @@ def select(
             progress=progress,
             **options,
         ).mask
-    method = _checked(name, model, data, seed, options)
+    method = checked_method(name, model, data, seed, options)
     if method.scope is None:
         _check_no_budget(
             name, density=density, k=k, per_group=per_group, scope=scope, structure=structure, block=block
@@ -165,7 +165,7 @@ def ird_search(
     `select("ird", ...)` is the mask of the chosen cell. The arguments are those of `select`; the options are those of
     `sparseft.selection.ird.Options`.
     """
-    _checked("ird", model, data, seed, options)
+    checked_method("ird", model, data, seed, options)
     check_density(density, k)
     scope = scope or "global"
     if scope not in ("global", "tensor"):
@@ -212,7 +212,7 @@ def selectable(
     return names, dense_names
 
 
-def _checked(name: str, model: object, data: object, seed: object, options: Mapping[str, Any]) -> Method:
+def checked_method(name: str, model: object, data: object, seed: object, options: Mapping[str, Any]) -> Method:
     """Return the method, or raise before anything is computed."""
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
