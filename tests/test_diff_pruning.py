@@ -156,10 +156,9 @@ def test_phase_one_is_autograd_through_the_papers_formulas(structured, stretch, 
                 torch.testing.assert_close(schedule._gates.tensors[name], whole[name].detach(), rtol=1e-3, atol=2e-3)
     moved = torch.cat([(alpha[name].detach() - 0.5).flatten() for name in names])
     assert (moved.abs() > 0.05).float().mean() > 0.9
-    total = sum(
-        float((torch.sigmoid(alpha[n] - shift) * (torch.sigmoid(whole[n] - shift) if structured else 1)).sum())
-        for n in names
-    )
+    with torch.no_grad():
+        wholes = {name: torch.sigmoid(whole[name] - shift) if structured else 1 for name in names}
+        total = sum(float((torch.sigmoid(alpha[name] - shift) * wholes[name]).sum()) for name in names)
     assert schedule.expected_entries == pytest.approx(total, rel=1e-3)
 
 
@@ -366,6 +365,12 @@ def test_gradients_past_the_gates_are_refused_and_nothing_is_changed():
     nn.functional.cross_entropy(model(torch.arange(40).view(8, 5)), torch.arange(8)).backward()
     assert_refused(model, optimizer, schedule)
 
+    attention = nn.MultiheadAttention(12, 3)
+    optimizer, schedule = start(attention)
+    x = torch.randn(5, 2, 12)
+    attention(x, x, x)[0].square().sum().backward()
+    assert_refused(attention, optimizer, schedule)
+
     model, optimizer, schedule = make()
     loss(model.eval(), 0).backward()
     assert_refused(model, optimizer, schedule)
@@ -377,13 +382,73 @@ def test_gradients_past_the_gates_are_refused_and_nothing_is_changed():
     assert_refused(model, optimizer, schedule)
 
 
-def test_differences_that_are_all_zero_are_no_choice():
+@pytest.mark.parametrize(("lr", "log_alpha"), [(0.0, 5.0), (0.1, -5.0)], ids=["differences", "gates"])
+def test_differences_or_gates_that_are_all_zero_are_no_choice(lr, log_alpha):
     model = net()
-    optimizer = sparseft.SparseSGD(model.parameters(), lr=0.0)
-    schedule = DiffPruning(model, optimizer, 0.1, 1)
-    with pytest.raises(ValueError, match="zero"):
+    optimizer = sparseft.SparseSGD(model.parameters(), lr=lr)
+    schedule = DiffPruning(model, optimizer, 0.1, 1, log_alpha=log_alpha)
+    with pytest.raises(ValueError, match="after 1 steps every difference or its gate is zero"):
         run(model, optimizer, [0])
     assert not schedule.chosen
+    assert schedule.mask.k == schedule.mask.n
+
+
+def transformer(name):
+    tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    if name == "bert":
+        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+        return tf.BertForSequenceClassification(tf.BertConfig(vocab_size=61, **sizes))
+    if name == "gpt2":
+        tokens = {"vocab_size": 61, "bos_token_id": 0, "eos_token_id": 0}
+        return tf.GPT2LMHeadModel(tf.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=20, **tokens))
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    return tf.T5ForConditionalGeneration(tf.T5Config(vocab_size=61, decoder_start_token_id=0, **sizes))
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
+def test_transformers_with_tied_weights_and_checkpointing_have_gates_everywhere(name):
+    model = transformer(name)
+    model.gradient_checkpointing_enable()
+    base = weights(model)
+    optimizer, schedule = start(model, 0.05, 3, structured=True, log_alpha=3.0)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, 61, (4, 9), generator=generator)
+    for _ in range(5):
+        model(input_ids=ids, labels=ids[:, 0] % 2 if name == "bert" else ids).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert set(schedule.mask.shapes) == set(base)
+    changed = {
+        key: (weight.detach() != base[key]).flatten().nonzero().flatten() for key, weight in model.named_parameters()
+    }
+    assert sum(index.numel() for index in changed.values()) == schedule.mask.k
+    for key, index in changed.items():
+        assert torch.equal(index, schedule.mask[key].long() if key in schedule.mask else index[:0]), key
+
+
+def test_a_trainer_takes_its_own_steps(tmp_path):
+    tf = pytest.importorskip("transformers")
+    model = transformer("bert")
+    generator = torch.Generator().manual_seed(0)
+    ids = [torch.randint(0, 61, (9,), generator=generator) for _ in range(28)]
+    rows = [{"input_ids": each, "labels": torch.tensor(i % 2)} for i, each in enumerate(ids)]
+    optimizer, schedule = start(model, 0.1, 3, dense="classifier.*")
+    arguments = tf.TrainingArguments(
+        str(tmp_path),
+        per_device_train_batch_size=4,
+        gradient_accumulation_steps=2,
+        num_train_epochs=1,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    trainer = tf.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    trainer.train()
+    assert schedule.steps == trainer.state.global_step == 4
+    assert schedule.chosen
+    assert schedule.mask.k == schedule.mask.n // 10
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ _scheduled: weakref.WeakSet[SparseOptimizer] = weakref.WeakSet()
 
 
 class Schedule:
-    """Base of the schedules: counts the steps of an optimizer and acts after them.
+    """Base of the schedules: counts the steps of an optimizer, and acts before and after them.
 
     Only steps count: accumulation, forward passes without a step and recomputation do not. A step whose selected
     gradients are not finite, or that GradScaler leaves out, changes nothing: not the weights, not what the schedule

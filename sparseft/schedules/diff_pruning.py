@@ -197,6 +197,11 @@ class DiffPruning(Schedule):
             name: (self._gated(name, gates).float() - pretrained.float()).abs_()
             for name, pretrained in self._pretrained.items()
         }
+        if not any(bool(difference.any()) for difference in differences.values()):
+            raise ValueError(
+                f"after {self.steps} steps every difference or its gate is zero, which leaves nothing to choose; take "
+                "a smaller penalty or gate_lr, a larger log_alpha, or check that the loss depends on the model"
+            )
         return ranked(differences, self.mask, self.model, density=self.density, scope=self.scope, info=info)
 
     def _gated(self, name: str, gates: Gates) -> Tensor:
