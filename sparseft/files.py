@@ -8,7 +8,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -90,6 +90,43 @@ def load(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         raise ValueError(
             f"{path} is not a readable {kind} file ({error}); if it was one it is cut short: fetch it again"
         ) from error
+
+
+class Place(NamedTuple):
+    """Where a tensor lies in a safetensors file: at byte `begin`, in a dtype that the format calls "F32", say."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    begin: int
+
+
+def places(path: str | os.PathLike[str]) -> tuple[dict[str, Place], dict[str, str]]:
+    """Return where the tensors of any safetensors file lie, in the order of the file, and its metadata.
+
+    No tensor is read, and no checksum looked at.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not safetensors, or is cut short.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{path} is not a file")
+    try:
+        with safe_open(str(path), framework="pt") as checked:
+            metadata = checked.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is not a readable safetensors file ({error}); if it was one it is cut short: fetch it again"
+        ) from error
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    held = {name: entry for name, entry in header.items() if name != "__metadata__"}
+    order = sorted(held, key=lambda name: held[name]["data_offsets"])
+    return {
+        name: Place(held[name]["dtype"], tuple(held[name]["shape"]), 8 + size + held[name]["data_offsets"][0])
+        for name in order
+    }, metadata
 
 
 def encode_indices(indices: Tensor) -> Tensor:

@@ -32,7 +32,7 @@ MAY_CALL = {
     "fisher": {"entries", "ops", "products", "reference", "mask", "files"},
     "optim": {"entries", "index_lists", "low_bits", "ops", "mask"},
     "design_space": {"files", "pictures"},
-    "selection": {"entries", "fisher", "mask", "ops", "pictures", "reference"},
+    "selection": {"entries", "files", "fisher", "index_lists", "mask", "ops", "pictures", "reference"},
     "schedules": {"entries", "index_lists", "low_bits", "mask", "ops", "optim", "selection"},
     "delta": {"mask", "files", "ops"},
     "doctor": {"ops", "products"},

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor
 
 from sparseft import files
 
-_KIND = "fisher"
+KIND = "fisher"
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -87,18 +89,27 @@ class FisherScores(dict[str, Tensor]):
         Raises:
             OSError: the file could not be written; what was at `path` is untouched.
         """
-        files.save(path, _KIND, dict(self), _packed(self.report))
+        files.save(path, KIND, dict(self), _packed(self.report))
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> FisherScores:
-        """Read what `save` wrote, onto the CPU.
+        """Read what `save` wrote, onto the CPU, in the order of the model's parameters.
 
         Raises:
             FileNotFoundError: there is no such file.
             ValueError: it is not a file of Fisher scores, or is damaged.
         """
-        scores, header = files.load(path, _KIND)
-        return cls(scores, _unpacked(header))
+        scores, header = files.load(path, KIND)
+        return cls(in_order(scores, header), _unpacked(header))
+
+
+def in_order(held: Mapping[str, _T], header: Mapping[str, Any]) -> dict[str, _T]:
+    """Return what a file of scores holds in the order of the model's parameters, which decides between ties.
+
+    Files of tensors have an order of their own; the report's rules were written in that of the model.
+    """
+    known = [name for name in header["rules"] if name in held]
+    return {name: held[name] for name in dict.fromkeys([*known, *held])}
 
 
 def few(positions: list[int]) -> str:

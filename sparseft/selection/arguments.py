@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from numbers import Integral
 
 from torch import nn
@@ -29,4 +31,14 @@ def check_model(model: object) -> None:
         raise TypeError(
             f"model must be a torch.nn.Module, got {type(model).__name__}; load weights into a model first, and pass "
             "that"
+        )
+
+
+def check_finite(ends: Mapping[str, tuple[float, float]]) -> None:
+    """Raise unless the smallest and the largest score of every parameter are finite, as they are not beside a NaN."""
+    bad = [name for name, (low, high) in ends.items() if not math.isfinite(low) or not math.isfinite(high)]
+    if bad:
+        raise ValueError(
+            f"scores must be finite, got NaN or infinite values in {', '.join(bad[:4])}; drop the samples that caused "
+            "them"
         )

@@ -5,17 +5,29 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from torch import Tensor
 
 from sparseft.mask import Mask
-from sparseft.selection.arguments import check_count
-from sparseft.selection.scopes import Layout, Scope, Structure, check_groups, largest, largest_units
+from sparseft.selection.arguments import check_count, check_finite
+from sparseft.selection.scopes import (
+    Layout,
+    Scope,
+    Selected,
+    Structure,
+    budgets,
+    check_groups,
+    largest,
+    largest_stored,
+    largest_units,
+)
+from sparseft.selection.score_files import Paths, StoredScore, loaded, opened
 
 
 def top_k(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor] | Paths,
     density: float | None = None,
     *,
     k: int | None = None,
@@ -25,14 +37,18 @@ def top_k(
     block: int | tuple[int, int] | None = None,
     layouts: Mapping[str, Layout] | None = None,
     unscored: Mapping[str, Sequence[int]] | None = None,
+    progress: bool = True,
     **mask_options: Any,
 ) -> Mask:
     """Select the entries with the largest scores, exactly floor(density * n) of them (at least one).
 
-    Ties go to the lowest (parameter, index). Scores are never concatenated.
+    Ties go to the lowest (parameter, index). Scores are never concatenated. Those in files are read three times, a few
+    megabytes at a time; for rows, columns, blocks and whole units a parameter at a time.
 
     Args:
-        scores: parameter name -> fp32, bf16 or fp16 score of every entry, the parameter's shape.
+        scores: parameter name -> fp32, bf16 or fp16 score of every entry, the parameter's shape. Or a safetensors file
+            of them, or a list of files that hold them together. Parameters of a file that `FisherScores.save` wrote
+            are in the order of the model, those of another as they lie in the file.
         density: selected over all entries, in (0, 1]. Give this, k or per_group.
         k: number of entries to select.
         per_group: number of entries to select in each group of the scope, or all of a smaller group.
@@ -48,37 +64,38 @@ def top_k(
         layouts: parameter name -> which of its dimensions are rows and columns, as `sparseft.selection.layouts(model)`
             says; the first and the second where it is missing.
         unscored: parameter name -> shape, of parameters that count in the density, but cannot be selected.
+        progress: show a bar, if files are read for longer than two seconds.
         mask_options: passed on to Mask.
 
     Raises:
-        TypeError: density is not a number; k, per_group or block is not made of whole numbers.
+        FileNotFoundError: a file is not there.
+        RuntimeError: a file was changed while it was read.
+        TypeError: density is not a number; k, per_group or block is not made of whole numbers; scores are neither
+            tensors nor files, or of another dtype.
         ValueError: density, k, per_group or block out of range, or not for this scope; no scores, scores that are not
-            finite or all zero; a structure whose units do not fit.
+            finite or all zero; a structure whose units do not fit; a file that holds no scores, or is cut short.
     """
     sides = check_groups(scope, structure, block, per_group, density is not None or k is not None)
     if per_group is None:
         check_density(density, k)
-    total = sum(score.numel() for score in scores.values())
-    if not total:
-        raise ValueError("there is nothing to select from: no parameter is selectable; check include and exclude")
-    shapes = {**{name: score.shape for name, score in scores.items()}, **(unscored or {})}
-    count = k
-    if density is not None:
-        count = count_at(density, sum(math.prod(shape) for shape in shapes.values()))
-    if count is not None and count > total:
-        raise ValueError(f"k must be at most the {total:,} selectable entries, got {count:,}")
-    scores = {name: score for name, score in scores.items() if score.numel()}
-    highest = _highest(scores)
-    views = layouts or {}
-    if structure is not None and count is not None:
-        indices = largest_units(scores, count, k is not None, scope, structure, sides, views)
-    else:
-        indices = largest(scores, count, per_group, scope, sides, views)
-    _check_reach(scores, indices, highest, units=structure is not None)
+    with _held(scores, progress) as held:
+        total = sum(score.numel() for score in held.values())
+        if not total:
+            raise ValueError("there is nothing to select from: no parameter is selectable; check include and exclude")
+        shapes = {**{name: score.shape for name, score in held.items()}, **(unscored or {})}
+        count = k
+        if density is not None:
+            count = count_at(density, sum(math.prod(shape) for shape in shapes.values()))
+        if count is not None and count > total:
+            raise ValueError(f"k must be at most the {total:,} selectable entries, got {count:,}")
+        filled = {name: score for name, score in held.items() if score.numel()}
+        views = layouts or {}
+        selected = _selected(filled, count, k is not None, per_group, scope, structure, sides, views)
+    _check_reach(selected, units=structure is not None)
     if structure is not None and count is not None and density is not None:
-        unused = count - sum(index.numel() for index in indices.values())
+        unused = count - sum(index.numel() for index in selected.indices.values())
         mask_options["info"] = {**(mask_options.get("info") or {}), "unused": unused}
-    return Mask(indices, shapes, **mask_options)
+    return Mask(selected.indices, shapes, **mask_options)
 
 
 def check_density(density: float | None, k: int | None = None) -> None:
@@ -99,28 +116,49 @@ def count_at(density: float, n: int) -> int:
     return max(1, math.floor(density * n * (1 + 1e-12)))
 
 
-def _highest(scores: Mapping[str, Tensor]) -> float:
-    """Return the largest score of all, or raise unless they are finite."""
-    ends = {name: score.aminmax() for name, score in scores.items()}
-    bad = [name for name, (low, high) in ends.items() if not math.isfinite(low) or not math.isfinite(high)]
-    if bad:
-        raise ValueError(
-            f"scores must be finite, got NaN or infinite values in {', '.join(bad[:4])}; drop the samples that caused "
-            "them"
-        )
-    return max(float(high) for _, high in ends.values())
+def _held(
+    scores: Mapping[str, Tensor] | Paths, progress: bool
+) -> AbstractContextManager[Mapping[str, Tensor | StoredScore]]:
+    return nullcontext(scores) if isinstance(scores, Mapping) else opened(scores, progress)
 
 
-def _check_reach(scores: Mapping[str, Tensor], indices: Mapping[str, Tensor], highest: float, *, units: bool) -> None:
+def _selected(
+    scores: Mapping[str, Tensor | StoredScore],
+    count: int | None,
+    exactly: bool,
+    per_group: int | None,
+    scope: Scope,
+    structure: Structure | None,
+    block: tuple[int, int] | None,
+    views: Mapping[str, Layout],
+) -> Selected:
+    stored = {name: score for name, score in scores.items() if isinstance(score, StoredScore)}
+    if stored and structure is None and scope in ("global", "layer", "tensor"):
+        return largest_stored(stored, budgets(stored, count, per_group, scope))
+    ends = {name: loaded(score).aminmax() for name, score in scores.items()}
+    check_finite({name: (float(low), float(high)) for name, (low, high) in ends.items()})
+    if structure is not None and count is not None:
+        indices = largest_units(scores, count, exactly, scope, structure, block, views)
+    else:
+        indices = largest(scores, count, per_group, scope, block, views)
+    lowest = min(
+        (float(loaded(scores[name]).reshape(-1)[index.long()].min()), name)
+        for name, index in indices.items()
+        if index.numel()
+    )
+    return Selected(indices, max(float(high) for _, high in ends.values()), lowest)
+
+
+def _check_reach(selected: Selected, *, units: bool) -> None:
     """Raise if no score tells anything, and warn if some selected entries have none. units: these may hold zeros."""
-    lowest = [(float(scores[name].reshape(-1)[i.long()].min()), name) for name, i in indices.items() if i.numel()]
-    if highest == 0 and min(lowest)[0] == 0:
+    lowest, name = selected.lowest
+    if selected.highest == 0 and lowest == 0:
         raise ValueError(
             "every score is zero: no entry is better than another; check that the loss depends on the model"
         )
-    if min(lowest)[0] == 0 and not units:
+    if lowest == 0 and not units:
         warnings.warn(
-            f"some selected entries score zero (in {min(lowest)[1]}): the density reaches beyond what the scores tell "
+            f"some selected entries score zero (in {name}): the density reaches beyond what the scores tell "
             "apart; ties were broken by position. Use a lower density or more samples, or exclude what scores zero.",
             stacklevel=3,
         )

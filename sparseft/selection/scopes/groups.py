@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, get_args
 
 import torch
@@ -14,6 +14,7 @@ from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.selection.scopes.layouts import Layout
 from sparseft.selection.scopes.shares import rounded_down, rounded_up, shares
 from sparseft.selection.scopes.tiles import Structure, Tiles
+from sparseft.selection.score_files import StoredScore, loaded
 
 Scope = Literal["global", "layer", "tensor", "row", "column", "block"]
 _NUMBERED = re.compile(r"(.*?\.)??\d+(?=\.|$)")
@@ -67,7 +68,7 @@ def _checked_block(block: object, scope: str, structure: str | None) -> tuple[in
 
 
 def largest(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor | StoredScore],
     total: int | None,
     per_group: int | None,
     scope: Scope,
@@ -86,6 +87,23 @@ def largest(
         block: rows and columns of a block.
         views: parameter name -> layout; the usual one where it is missing.
     """
+    found: dict[str, Tensor] = {}
+    for names, count in budgets(scores, total, per_group, scope):
+        if not count:
+            continue
+        if scope == "global" or scope == "layer" or scope == "tensor":
+            found.update(zip(names, _together([loaded(scores[name]) for name in names], count), strict=True))
+        else:
+            (name,) = names
+            view = views.get(name) or Layout.usual(scores[name].shape)
+            found[name] = _by_tiles(loaded(scores[name]), Tiles(view, scope, block), count, per_group)
+    return {name: found[name] for name in scores if name in found}
+
+
+def budgets(
+    scores: Mapping[str, Tensor | StoredScore], total: int | None, per_group: int | None, scope: Scope
+) -> list[tuple[list[str], int]]:
+    """Return the parameters that share a budget, and how many entries it is: of all rows of a parameter, say."""
     grouped = group_names(scores, scope)
     sizes = [sum(scores[name].numel() for name in names) for names in grouped]
     if total is not None:
@@ -94,20 +112,10 @@ def largest(
         counts = [min(per_group or 0, size) for size in sizes]
     else:
         counts = sizes
-    found: dict[str, Tensor] = {}
-    for names, count in zip(grouped, counts, strict=True):
-        if not count:
-            continue
-        if scope == "global" or scope == "layer" or scope == "tensor":
-            found.update(zip(names, _together([scores[name] for name in names], count), strict=True))
-        else:
-            (name,) = names
-            view = views.get(name) or Layout.usual(scores[name].shape)
-            found[name] = _by_tiles(scores[name], Tiles(view, scope, block), count, per_group)
-    return {name: found[name] for name in scores if name in found}
+    return list(zip(grouped, counts, strict=True))
 
 
-def group_names(names: Mapping[str, Tensor], scope: Scope) -> list[list[str]]:
+def group_names(names: Iterable[str], scope: Scope) -> list[list[str]]:
     """Return the parameters that share a budget: all, those of a layer, or each by itself.
 
     Layers are told by the first numbered part of a name: "encoder.layer.3" in "encoder.layer.3.output.dense.weight".

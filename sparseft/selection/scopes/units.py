@@ -11,10 +11,11 @@ from sparseft.selection.scopes.groups import Scope, group_names
 from sparseft.selection.scopes.layouts import Layout
 from sparseft.selection.scopes.shares import shares
 from sparseft.selection.scopes.tiles import Structure, Tiles
+from sparseft.selection.score_files import StoredScore, loaded
 
 
 def largest_units(
-    scores: Mapping[str, Tensor],
+    scores: Mapping[str, Tensor | StoredScore],
     total: int,
     exactly: bool,
     scope: Scope,
@@ -47,7 +48,7 @@ def largest_units(
     found: dict[str, Tensor] = {}
     short: list[str] = []
     for names, budget in zip(grouped, budgets, strict=True):
-        means = torch.cat([_means(scores[name], tiles[name]) for name in names])
+        means = torch.cat([_means(loaded(scores[name]), tiles[name]) for name in names])
         sizes = torch.cat([tiles[name].sizes(means.device) for name in names])
         order = means.sort(descending=True, stable=True).indices
         reached = sizes[order].cumsum(0)
