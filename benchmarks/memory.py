@@ -1,7 +1,8 @@
 """Print the peak memory of one workload above what was there before it, in bytes.
 
     python benchmarks/memory.py estimate_fisher cpu MiniLM 1 16 128
-    python benchmarks/memory.py topk_indices cpu
+    python benchmarks/memory.py topk_indices cpu 25 125000
+    python benchmarks/memory.py topk_of_file cpu scores.safetensors 125000
 
 A process of its own for each: the allocator keeps what earlier work freed, which would hide what the next takes.
 """
@@ -12,7 +13,9 @@ import copy
 import ctypes
 import functools
 import sys
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import peers
@@ -27,14 +30,21 @@ SELECTIONS: dict[str, Callable[[list[torch.Tensor], int], Any]] = {
     "topk_of_cat": workloads.topk_of_cat,
     "topk_indices": torch.ops.sparseft.topk_indices,
 }
+OF_FILES: dict[str, Callable[[str, int], Any]] = {
+    "topk_of_loaded": workloads.topk_of_loaded,
+    "topk_of_file": workloads.topk_of_file,
+}
 
 
 def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """Return a small run, which loads what is loaded once, and the run to measure; its inputs are in memory."""
     if workload in SELECTIONS:
-        run = SELECTIONS[workload]
-        few, many = workloads.scores(device, 2, 100), workloads.scores(device)
-        return lambda: run(few, 10), lambda: run(many, workloads.K)
+        select = SELECTIONS[workload]
+        tensors, k = map(int, details)
+        few, many = workloads.scores(device, 2, 100), workloads.scores(device, tensors)
+        return lambda: select(few, 10), lambda: select(many, k)
+    if workload in OF_FILES:
+        return _of_files(OF_FILES[workload], details[0], int(details[1]))
     name, batches, samples, tokens, *density = details
     model = workloads.MODELS[name](device)
     if workload in training_steps.STEPS:
@@ -46,6 +56,16 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
     small = workloads.batches(name, device, 1, 2, 8)
     full = workloads.batches(name, device, int(batches), int(samples), int(tokens))
     return lambda: (run(small), model.zero_grad()), lambda: run(full)
+
+
+def _of_files(select: Callable[[str, int], Any], path: str, k: int) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    def small() -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            few = str(Path(folder, "few"))
+            workloads.save_scores(few, 2, 100)
+            select(few, 10)
+
+    return small, lambda: select(path, k)
 
 
 def _steps(

@@ -6,6 +6,7 @@ import functools
 from collections.abc import Iterator
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import sparseft
@@ -163,6 +164,21 @@ def scores(device: str, tensors: int = TENSORS, entries: int = ENTRIES) -> list[
 def topk_of_cat(scores: list[Tensor], k: int = K) -> Tensor:
     """Return where the k largest of all scores are in their concatenation, unsorted."""
     return torch.topk(torch.cat(scores), k, sorted=False).indices
+
+
+def save_scores(path: str, tensors: int, entries: int = ENTRIES) -> None:
+    """Write the same scores to a safetensors file."""
+    save_file({f"layer.{i}.weight": score for i, score in enumerate(scores("cpu", tensors, entries))}, path)
+
+
+def topk_of_loaded(path: str, k: int) -> Tensor:
+    """Return where the k largest scores of a file are, having loaded them all."""
+    return topk_of_cat(list(load_file(path).values()), k)
+
+
+def topk_of_file(path: str, k: int) -> sparseft.Mask:
+    """Return the same as a mask; the scores stay in their file."""
+    return sparseft.top_k(path, k=k, progress=False)
 
 
 def parameters(shapes: list[torch.Size], device: str, dtype: torch.dtype = torch.float32) -> list[Tensor]:
