@@ -73,6 +73,43 @@ def test_step(compare, device, op, weights, density, dtype, warm, options):
     )
 
 
+@pytest.mark.parametrize(("device", "warm"), harness.on_devices({"cpu": [(0,), (3,)], "cuda": [(0,), (3,)]}))
+def test_compact_step(compare, device, warm):
+    """The step of training with compact gradients: of each selected weight there is a gradient, and no other.
+
+    Floor: the lines of selected weights read and written; for each entry 4 bytes of index and of gradient read, those
+    of its two states read and written.
+    """
+    params = workloads.parameters(SHAPES[SPREAD](), device, torch.float32)
+    others = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    indices = workloads.selection(params, 0.005)
+    for other, param in zip(others, params, strict=True):
+        other.grad, param.grad = param.grad, None
+    model = torch.nn.ParameterList(params)
+    names = [name for name, _ in model.named_parameters()]
+    mask = sparseft.Mask(
+        dict(zip(names, indices, strict=True)), {name: model.get_parameter(name).shape for name in names}
+    )
+    dense = torch.optim.AdamW(others, fused=True, lr=1e-3, weight_decay=0.01)
+    with sparseft.compact_gradients(model, mask, values=False):
+        groups = mask.param_groups(model)
+        for leaf, other, index in zip(groups[0]["params"], others, indices, strict=True):
+            leaf.grad = other.grad.view(-1)[index.long()]
+        ours = sparseft.SparseAdamW(groups, lr=1e-3, weight_decay=0.01)
+        check(ours, dense, params, others, indices)
+        shape = ", ".join((SPREAD, "compact gradients", *(["step after step"] if warm else [])))
+        k = sum(index.numel() for index in indices)
+        moved = 2 * harness.lines_touched(indices, 4, device) + 8 * k + 2 * state_bytes(ours)
+        compare(
+            harness.Case("adamw_", shape, 0.005, torch.float32, device),
+            ours.step,
+            {"torch.optim.AdamW(fused=True), all weights": dense.step},
+            rounds=31,
+            warm=warm,
+            floor=None if warm else harness.Floor(moved=moved),
+        )
+
+
 def optimizers(op, params, indices, others, extra):
     group = {"params": params, "indices": indices}
     if op == "adamw_":

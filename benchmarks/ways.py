@@ -160,25 +160,41 @@ def fish(task: Task, loaded: models.Loaded) -> Mask:
     return sparseft.select("fish", loaded.model, task.batches(), progress=False, **options)
 
 
-def lt_sft(task: Task, loaded: models.Loaded, lr: float, head_lr: float) -> None:
+def in_two_phases(make: Callable[[Task, models.Loaded, Any, int], schedules.Schedule]) -> Train:
     """Half of the steps for everything, at its rate, half for what was chosen, each with a course of its own."""
-    optimizer, half = whole(loaded, FULL_LR, head_lr), task.steps() // 2
-    with schedules.LTSFT(loaded.model, optimizer, task.density, half, dense=loaded.new):
-        task.fit(loaded.model, task.encoded, optimizer, half)
-        optimizer.param_groups[0]["initial_lr"] = lr
-        task.fit(loaded.model, task.encoded, optimizer, task.steps() - half)
+
+    def train(task: Task, loaded: models.Loaded, lr: float, head_lr: float) -> None:
+        optimizer, half = whole(loaded, FULL_LR, head_lr), task.steps() // 2
+        with make(task, loaded, optimizer, half):
+            task.fit(loaded.model, task.encoded, optimizer, half)
+            optimizer.param_groups[0]["initial_lr"] = lr
+            task.fit(loaded.model, task.encoded, optimizer, task.steps() - half)
+
+    return train
+
+
+def lt_sft(task: Task, loaded: models.Loaded, optimizer: Any, half: int) -> schedules.Schedule:
+    return schedules.LTSFT(loaded.model, optimizer, task.density, half, dense=loaded.new)
+
+
+def diff_pruning(task: Task, loaded: models.Loaded, optimizer: Any, half: int) -> schedules.Schedule:
+    return schedules.DiffPruning(loaded.model, optimizer, task.density, half, dense=loaded.new, seed=task.seed)
 
 
 def refreshed(task: Task, loaded: models.Loaded, optimizer: Any, mask: Mask, steps: int) -> schedules.Schedule:
     """Choose by FISH again at every quarter of the run."""
-    every = max(1, steps // 4)
-    return schedules.Refresh(loaded.model, optimizer, mask, every=every, choose=lambda model: fish(task, loaded))
+    options = {"every": max(1, steps // 4), "samples": task.samples, "seed": task.seed, "progress": False}
+    return schedules.Refresh.by_method(loaded.model, optimizer, mask, "fish", task.batches(), **options)
 
 
 def drop_and_grow(task: Task, loaded: models.Loaded, optimizer: Any, mask: Mask, steps: int) -> schedules.Schedule:
     """Exchange entries ten times in a run, fewer and fewer until seven tenths of it."""
     every = max(1, steps // 10)
     return schedules.DropGrow(loaded.model, optimizer, mask, every=every, until=7 * every)
+
+
+def child_tuning_f(task: Task, loaded: models.Loaded, optimizer: Any, steps: int) -> schedules.Schedule:
+    return schedules.ChildTuningF(loaded.model, optimizer, 0.3, exclude=loaded.new, seed=task.seed)
 
 
 def dps(task: Task, loaded: models.Loaded, optimizer: Any, steps: int) -> schedules.Schedule:
@@ -266,9 +282,11 @@ WAYS: dict[str, Way] = {
         for method, rate in training.DEFAULT_LR.items()
         if method not in choosing.BASELINES
     },
-    "LT-SFT": Way("schedule", "all, then 0.5 %", FISH_LR, lt_sft),
+    "LT-SFT": Way("schedule", "all, then 0.5 %", FISH_LR, in_two_phases(lt_sft)),
+    "diff pruning": Way("schedule", "all, then 0.5 %", FISH_LR, in_two_phases(diff_pruning)),
     "drop and grow": Way("schedule", "0.5 % at a time", FISH_LR, from_fish(drop_and_grow)),
     "FISH, refreshed": Way("schedule", "0.5 % at a time", FISH_LR, from_fish(refreshed)),
+    "Child-Tuning-F": Way("schedule", "all, 30 % of the gradients a step", FULL_LR, of_everything(child_tuning_f)),
     "DPS": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps)),
     "DPS Mix": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps_mix)),
     "Mixout": Way("schedule", "all", FULL_LR, of_everything(mixout)),
