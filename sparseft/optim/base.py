@@ -244,7 +244,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         if group["rounding"] == "stochastic" or shared["scales"]:
             shared["seeds"] = [group["seed"] + first_place + place for place in found.places]
         leaves = [param for param in params if is_leaf(param)]
-        weights = [weight(param).detach() for param in params] if leaves else params
+        weights = params
+        if leaves:
+            with torch._C.DisableTorchFunctionSubclass():
+                weights = [weight(param).detach() for param in params]
         masters = _masters(group, params, states)
         self._update(group, Step(weights, found.grads, found.indices, masters, states, shared))
         torch.autograd.graph.increment_version([*params, *(leaf.dense for leaf in leaves)])
