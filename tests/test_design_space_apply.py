@@ -209,6 +209,9 @@ REFUSALS = [
     ({**FEWEST, "data": [models.batch("bert", seed=seed) for seed in range(4)]}, "method 'ird' chose"),
     ({"method": "magnitude", "samples": 3}, "has no option samples"),
     ({"lora_targets": ["nowhere"]}, "named .'nowhere'"),
+    ({"lora_scale": 0.0}, "lora_scale must be positive, got 0.0"),
+    ({"lora_scale": "2"}, "lora_scale must be a number, got '2'"),
+    ({"lora_dropout": 1.0}, r"lora_dropout must lie in \[0, 1\), got 1.0"),
     ({"budget": 100}, "too few"),
 ]
 

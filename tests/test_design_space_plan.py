@@ -5,8 +5,10 @@ import re
 
 import models
 import pytest
+import transformers as tf
 from torch import nn
 
+import sparseft
 from sparseft.design_space import Space, find_layers, plan
 
 TARGETS = {"bert": ["query", "value"], "gpt2": ["c_attn"], "llama": ["q_proj", "v_proj"], "t5": ["q", "v"]}
@@ -68,6 +70,15 @@ def test_biases_are_those_of_the_group():
     assert not set(sparse.names) & wanted
     assert not found.groups[1].parts
     assert found.groups[1].budget == 0
+
+
+def test_biases_are_those_of_bitfit():
+    """Those of other names too: DeBERTa's first version has two for a projection that is packed."""
+    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+    model = tf.DebertaModel(tf.DebertaConfig(**sizes, vocab_size=61))
+    found = plan(Space(("BS", "B"), tunable=(1,)), model, 3_000).groups[0].parts[0]
+    assert "encoder.layer.0.attention.self.q_bias" in found.names
+    assert list(found.names) == list(sparseft.select("bitfit", model, include="encoder.layer.0.*"))
 
 
 def test_frozen_parameters_are_left_out():

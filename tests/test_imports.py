@@ -31,7 +31,7 @@ MAY_CALL = {
     "testing": {"index_lists", "ops", "reference", "testing_optim"},
     "fisher": {"entries", "ops", "products", "reference", "mask", "files"},
     "optim": {"entries", "index_lists", "low_bits", "ops", "mask"},
-    "design_space": {"files", "pictures"},
+    "design_space": {"files", "pictures", "selection"},
     "selection": {"entries", "files", "fisher", "index_lists", "mask", "ops", "pictures", "reference"},
     "schedules": {"entries", "index_lists", "low_bits", "mask", "ops", "optim", "selection"},
     "delta": {"mask", "files", "ops"},

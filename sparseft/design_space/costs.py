@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from sparseft.design_space.layers import Layer
+from sparseft.selection.bitfit import is_bias
 
 
 @dataclass(frozen=True)
@@ -100,11 +101,6 @@ class Costs:
         if not isinstance(hidden, int):
             raise ValueError(f"{group}: an adapter's input has model.config.hidden_size features, and there is none")
         return Cost(len(layers) * (2 * hidden + 1), tuple(layer.name for layer in layers), fixed=len(layers) * hidden)
-
-
-def is_bias(name: str) -> bool:
-    """Return whether a parameter is a bias, by the last part of its name."""
-    return name.rpartition(".")[2] in ("bias", "in_proj_bias")
 
 
 def heads_of(attention: Any) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -80,14 +81,15 @@ def apply_space(
 
     Raises:
         RuntimeError: peft is missing and the space has LoRA or prefixes.
+        TypeError: an option of LoRA is no number.
         ValueError: the space does not fit the model or the budget, see `plan`; the selection is refused, see
-            `select`; or the model has been adapted before.
+            `select`; an option of LoRA is out of range; or the model has been adapted before.
     """
     _check_fresh(model)
     targets = lora_targets if lora_targets is not None else _default_targets(space, model)
     found = plan(space, model, budget, lora_targets=targets, stacks=stacks, remainder=remainder)
     outside = _outside(model, found, dense)
-    _check_attachable(found, model)
+    _check_attachable(found, model, lora_scale, lora_dropout)
     chosen = _selected(found, model, data, method, seed=seed, progress=progress, **options)
     before = {id(parameter): name for name, parameter in model.named_parameters()}
     attach(found, model, lora_scale=lora_scale, lora_dropout=lora_dropout, seed=seed)
@@ -102,10 +104,11 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
 
     Raises:
         RuntimeError: peft is missing, or attached something else than was planned.
-        ValueError: the model cannot take what the plan has, or has been adapted before.
+        TypeError: an option of LoRA is no number.
+        ValueError: the model cannot take what the plan has, or has been adapted before; an option is out of range.
     """
     _check_fresh(model)
-    _check_attachable(found, model)
+    _check_attachable(found, model, lora_scale, lora_dropout)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     before = sum(parameter.numel() for parameter in model.parameters())
     with torch.random.fork_rng(devices):
@@ -217,7 +220,14 @@ def _default_targets(space: Space, model: Any) -> Sequence[str]:
     return targets
 
 
-def _check_attachable(found: Plan, model: Any) -> None:
+def _check_attachable(found: Plan, model: Any, lora_scale: float, lora_dropout: float) -> None:
+    for name, value in (("lora_scale", lora_scale), ("lora_dropout", lora_dropout)):
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 < lora_scale < math.inf:
+        raise ValueError(f"lora_scale must be positive, got {lora_scale}")
+    if not 0 <= lora_dropout < 1:
+        raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
     if found.parts("L") or found.parts("P"):
         _check_peft()
     attentions = [name for part in found.parts("P") for name in part.names]

@@ -22,7 +22,7 @@ def entries(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     """
     parameters = dict(model.named_parameters())
     found = {
-        name: torch.arange(parameters[name].numel(), device=parameters[name].device) for name in names if _bias(name)
+        name: torch.arange(parameters[name].numel(), device=parameters[name].device) for name in names if is_bias(name)
     }
     if not found:
         raise ValueError(
@@ -32,6 +32,7 @@ def entries(model: nn.Module, names: list[str]) -> dict[str, Tensor]:
     return found
 
 
-def _bias(name: str) -> bool:
+def is_bias(name: str) -> bool:
+    """Return whether a parameter is a bias, by the last part of its name."""
     own = name.rpartition(".")[2]
     return own == "bias" or own.endswith("_bias") or own.startswith("bias_")
