@@ -102,14 +102,14 @@ def distance(model, ids, response, measure):
     return math.sqrt(sum((1 - one) ** 2 for one in p) / len(p))
 
 
-def oracle(model, tokenizer, examples, targets, measure="distance", words=SHORT, limit=10**9, chat=False):
+def oracle(model, tokenizer, examples, targets, measure="distance", words=SHORT, limit=10**9, chat=False, thought=""):
     """Whole prompts, as texts; what is too long loses the end of its example."""
     model.eval()
 
     def prompt(head, example, query):
         if not chat:
             return f"{head}{example}{words.query.format(prompt=query)}{words.answer}"
-        return f"<s><user>{head}{example}{words.query.format(prompt=query)}</s>\n<model>"
+        return f"<s><user>{head}{example}{words.query.format(prompt=query)}</s>\n<model>{thought}"
 
     def ids(text):
         return tokenizer.encode(text, add_special_tokens=not chat)
@@ -175,6 +175,25 @@ def test_a_chat_template_is_used_where_there_is_one():
     assert_equal(plain, oracle(model, tokenizer, pool, pool))
     with pytest.raises(ValueError, match="needs a tokenizer with a chat template"):
         utility_kernel(model, characters(), pool, chat=True)
+
+
+def test_what_a_template_puts_before_an_answer_is_read():
+    """As Qwen3's does, an empty thought, which is in no prompt to answer."""
+    model, tokenizer, pool = make(llama), characters(), samples(4)
+    tokenizer.chat_template = TEMPLATE.replace("{{ m.content", "{{ '' if m.role == 'user' else 'BE:' }}{{ m.content")
+    got = utility_kernel(model, tokenizer, pool, prompts=SHORT)
+    assert_equal(got, oracle(model, tokenizer, pool, pool, chat=True, thought="BE:"))
+
+
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_logits_of_an_example_are_not_held(cache):
+    """Of a vocabulary of 128,000, those of a long example are gigabytes."""
+    model, tokenizer = make(llama), characters()
+    tokens = []
+    model.lm_head.register_forward_hook(lambda module, inputs, output: tokens.append(output[..., 0].numel()))
+    utility_kernel(model, tokenizer, [("a", "b" * 70)], samples(5), prompts=SHORT, cache=cache, batch_tokens=1)
+    longest = max(len(prompt) + 1 + len(response) + 1 for prompt, response in samples(5))
+    assert max(tokens) <= 2 * longest < 70
 
 
 @pytest.mark.parametrize("kind", [llama, gpt2])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +35,8 @@ class Reader:
             raise ValueError(f"batch_tokens must be at least 1, got {batch_tokens}")
         self._model, self._measure, self._batch_tokens, self._cache = model, measure, batch_tokens, cache
         self._device = next(model.parameters()).device
+        # logits of a prefix are many, and are not looked at; models of transformers can leave them out
+        self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
 
     def distances(self, prefix: list[int], targets: list[Target]) -> Tensor:
         """Return how far the model is from each target's response after the prefix and its tail, fp64 [targets].
@@ -44,32 +47,28 @@ class Reader:
         past = self._read(prefix) if self._cache else None
         for places in self._batches(len(prefix), targets):
             batch = [targets[place] for place in places]
-            if past is None:
-                logits = self._logits(prefix, batch, None)[:, len(prefix) :]
-            else:
-                logits = self._logits([], batch, past)
-            found[places] = self._measured(logits, batch).cpu()
+            found[places] = self._measured(self._logits(prefix if past is None else [], batch, past), batch).cpu()
         return found
 
     def check(self, prefix: list[int], target: Target) -> None:
         """Raise unless the model is causal, and its cache, if used, changes nothing."""
         whole = self._logits(prefix, [target], None)[0]
-        first = len(prefix) + len(target.tail)
-        ended = self._model(input_ids=self._tensor([[*prefix, *target.tail]]), use_cache=False).logits[0]
-        if not _alike(ended, whole[:first]):
+        ended = self._logits(prefix, [Target(target.tail, [])], None)[0]
+        if not _alike(ended, whole[: len(target.tail)]):
             raise ValueError(
                 "the model must be a causal language model, but what it says of a token depends on later ones"
             )
         if self._cache:
             kept = self._logits([], [target, target], self._read(prefix))
-            if not _alike(kept, whole[len(prefix) :].expand_as(kept)):
+            if not _alike(kept, whole.expand_as(kept)):
                 raise RuntimeError(
                     "the model's cache must not change what it computes, but logits differ with it; pass cache=False "
                     "to read the example again for every response"
                 )
 
     def _read(self, prefix: list[int]) -> Any:
-        past = getattr(self._model(input_ids=self._tensor([prefix]), use_cache=True), "past_key_values", None)
+        read = self._model(input_ids=self._tensor([prefix]), use_cache=True, **self._last(1))
+        past = getattr(read, "past_key_values", None)
         if not hasattr(past, "batch_repeat_interleave"):
             raise RuntimeError(
                 f"the model must return a cache that can be repeated for a batch, got {type(past).__name__}; pass "
@@ -87,17 +86,24 @@ class Reader:
             start += count
 
     def _logits(self, prefix: list[int], batch: list[Target], past: Any) -> Tensor:
-        """Return the logits after a prefix, [batch, tokens, vocabulary]. Padding is last, where none sees it."""
+        """Return the logits at the tokens of targets, [batch, tokens, vocabulary]. Padding is last: none sees it.
+
+        prefix: read before each of them; empty where a past is given in its place.
+        """
         rows = [[*prefix, *target.tail, *target.response] for target in batch]
         longest = max(map(len, rows))
         ids = self._tensor([row + [0] * (longest - len(row)) for row in rows])
         if past is None:
-            logits: Tensor = self._model(input_ids=ids, use_cache=False).logits
-            return logits
+            logits: Tensor = self._model(input_ids=ids, use_cache=False, **self._last(longest - len(prefix))).logits
+            return logits[:, len(prefix) - longest :]
         past = copy.deepcopy(past)
         past.batch_repeat_interleave(len(batch))
         cached: Tensor = self._model(input_ids=ids, past_key_values=past, use_cache=True).logits
         return cached
+
+    def _last(self, tokens: int) -> dict[str, int]:
+        """Return what makes a model compute logits at the last tokens alone, if anything does."""
+        return {"logits_to_keep": tokens} if self._keeps else {}
 
     def _measured(self, logits: Tensor, batch: list[Target]) -> Tensor:
         """Return the distances of targets, fp64 [batch], from logits at their tokens, [batch, tokens, vocabulary]."""

@@ -130,15 +130,16 @@ class Encoder:
 
     def _chat(self) -> tuple[str, str, str]:
         """Return what the template puts before the user's words, between these and the response, and after it."""
-        user, answer = {"role": "user", "content": _MARK}, {"role": "assistant", "content": _ANSWER}
-        asked = self.tokenizer.apply_chat_template([user], tokenize=False, add_generation_prompt=True)
-        answered = self.tokenizer.apply_chat_template([user, answer], tokenize=False)
-        if asked.count(_MARK) != 1 or answered.count(_ANSWER) != 1:
+        turns = [{"role": "user", "content": _MARK}, {"role": "assistant", "content": _ANSWER}]
+        # not from a prompt to answer: some templates put an empty thought between it and an answer
+        chat = self.tokenizer.apply_chat_template(turns, tokenize=False)
+        if chat.count(_MARK) != 1 or chat.count(_ANSWER) != 1:
             raise ValueError(
                 "the chat template must render each message once and as it is written; use chat=False, or another one"
             )
-        before, after = asked.split(_MARK)
-        return before, after, answered.split(_ANSWER)[1].rstrip()
+        before, rest = chat.split(_MARK)
+        between, after = rest.split(_ANSWER)
+        return before, between, after.rstrip()
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)
