@@ -49,7 +49,7 @@ class DPS(Schedule):
 
     Source: arXiv 2211.01642. In the published code momentum and decay move what stage two freezes, forward passes are
     counted in place of steps, one overflow empties the mask, ties select too much, resuming starts over, and the
-    classifier is chosen from like any layer.
+    classifier is chosen from like any layer, as it is here unless it is named by dense.
     """
 
     def __init__(
