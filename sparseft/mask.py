@@ -18,6 +18,7 @@ from sparseft.entries import SelectedEntries, entries_of, is_leaf
 from sparseft.index_lists import PACKED, check_packed, count, index_dtype, positions, smallest
 
 _PREFIX = "indices."
+_SHOWN = 3  # names in a repr
 
 
 class Mask(Mapping[str, Tensor]):
@@ -108,7 +109,8 @@ class Mask(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         how = self.info.get("method", "indices")
-        dense = f", dense={list(self.dense)}" if self.dense else ""
+        more = f" and {len(self.dense) - _SHOWN} more" if len(self.dense) > _SHOWN else ""
+        dense = f", dense={list(self.dense)[:_SHOWN]}{more}" if self.dense else ""
         return f"Mask({how}: {self.k:,} of {self.n:,} entries, density {self.density:.4%}, {len(self)} tensors{dense})"
 
     def union(self, other: Mask) -> Mask:

@@ -260,3 +260,14 @@ def test_a_failed_save_keeps_the_older_file(tmp_path, monkeypatch):
 def test_saving_into_a_folder_that_is_not_there_says_so(tmp_path):
     with pytest.raises(OSError, match="nowhere"):
         small_mask().save(tmp_path / "nowhere" / "mask")
+
+
+def test_a_mask_is_shown_in_one_line():
+    few = small_mask(dense="1.bias")
+    assert (
+        repr(few)
+        == f"Mask(random: {few.k} of {few.n} entries, density {few.density:.4%}, 3 tensors, dense=['1.bias'])"
+    )
+    model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(5)))
+    many = sparseft.select("random", model, k=4, dense="*bias")
+    assert repr(many).endswith("dense=['0.bias', '1.bias', '2.bias'] and 2 more)")

@@ -170,8 +170,8 @@ def test_equal_rows_differ_by_one_entry_at_most():
 
 
 def test_many_rows_of_a_larger_matrix():
-    """More entries than are looked at together, in another layout too."""
-    scores = torch.rand(3000, 1001)
+    """More entries than are looked at together, in another layout too; no two scores are the same."""
+    scores = torch.randperm(3000 * 1001, generator=torch.Generator().manual_seed(0)).view(3000, 1001).float()
     best = scores.topk(2, dim=1).indices.sort(1).values
     rows = sparseft.top_k({"w": scores}, per_group=2, scope="row")["w"]
     assert torch.equal(rows.long(), (best + torch.arange(3000)[:, None] * 1001).flatten())
