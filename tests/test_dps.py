@@ -1,5 +1,6 @@
 """DPS against a loop over dense tensors with explicit masks; what it freezes, keeps, and resumes."""
 
+import io
 import math
 
 import pytest
@@ -321,6 +322,8 @@ def test_embeddings_that_are_heads_too_are_not_chosen_from():
         ({"stage_steps": (3, 0)}, "each stage must have at least one step, got 3 and 0"),
         ({"total_steps": -1}, "for a run counted in epochs give its number of optimizer steps"),
         ({"total_steps": 19}, r"got 0.05 of 19; .* for a short one a larger update_ratio"),
+        ({"total_steps": 20, "update_ratio": 0.6}, "so that a run of total_steps has both stages, got 0.6"),
+        ({"stage_steps": (3, 2, 1)}, r"one for each of the two stages, got \(3, 2, 1\)"),
         ({"stage_steps": 2, "density": 0.0}, r"density must lie in \(0, 1\]"),
         ({"stage_steps": 2, "scope": "neuron"}, "scope must be one of global, .*, got 'neuron'"),
         ({"stage_steps": 2, "dense": "*weight"}, "there is nothing to choose from"),
@@ -331,6 +334,28 @@ def test_options_that_make_no_sense_are_refused(options, message):
     model = net()
     with pytest.raises(ValueError, match=message):
         DPS(model, adamw(model), **options)
+
+
+@pytest.mark.parametrize(("option", "value"), [("stage_steps", 2.5), ("stage_steps", (2, 1.0)), ("total_steps", 1e3)])
+def test_steps_are_whole_numbers(option, value):
+    model = net()
+    with pytest.raises(TypeError, match=f"{option} must be a whole number, got"):
+        DPS(model, adamw(model), **{option: value})
+
+
+@pytest.mark.parametrize("steps", [1, 3])
+@pytest.mark.parametrize("kind", [DPS, DPSMix])
+def test_a_state_that_chooses_from_other_parameters_is_refused(kind, steps):
+    model = net()
+    optimizer = adamw(model)
+    saved = kind(model, optimizer, stage_steps=2, include="inner.weight")
+    run(model, optimizer, range(steps))
+    other = net()
+    schedule = kind(other, adamw(other), stage_steps=2)
+    mask = schedule.mask
+    with pytest.raises(ValueError, match=r"chooses from 1 \(inner.weight\) and .* in place of 2 \(inner.weight, "):
+        schedule.load_state_dict(saved.state_dict())
+    assert (schedule.steps, schedule.mask) == (0, mask)
 
 
 def test_an_optimizer_of_a_mask_or_of_another_model_is_refused():
@@ -352,9 +377,10 @@ def test_total_steps_are_those_of_the_paper():
     assert DPS(model, adamw(model), total_steps=690).stage_steps == (34, 34)
 
 
-@pytest.mark.parametrize("schedule", [DPS, DPSMix])
-def test_a_trainer_with_accumulation_and_checkpointing_takes_its_own_steps(tmp_path, schedule):
+def trainer(folder, schedule, stage_steps, epochs, **arguments):
+    """A Trainer of a small encoder with accumulation and checkpointing, and the schedule of its optimizer."""
     tf = pytest.importorskip("transformers")
+    torch.manual_seed(0)
     model = tf.BertForSequenceClassification(
         tf.BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48, vocab_size=61)
     )
@@ -364,20 +390,47 @@ def test_a_trainer_with_accumulation_and_checkpointing_takes_its_own_steps(tmp_p
         for i in range(28)
     ]
     optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-3)
-    its = schedule(model, optimizer, 0.5, stage_steps=3, dense="classifier.*")
-    assert "bert.pooler.dense.weight" in its.mask
-    arguments = tf.TrainingArguments(
-        str(tmp_path),
+    its = schedule(model, optimizer, 0.5, stage_steps=stage_steps, dense="classifier.*")
+    options = tf.TrainingArguments(
+        str(folder),
         per_device_train_batch_size=4,
         gradient_accumulation_steps=2,
-        num_train_epochs=1,
+        num_train_epochs=epochs,
         report_to=[],
-        save_strategy="no",
         disable_tqdm=True,
         use_cpu=True,
+        **arguments,
     )
     model.gradient_checkpointing_enable()
-    trainer = tf.Trainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
-    trainer.train()
-    assert its.steps == trainer.state.global_step == 4
+    return tf.Trainer(model, options, train_dataset=rows, optimizers=(optimizer, None)), its
+
+
+@pytest.mark.parametrize("schedule", [DPS, DPSMix])
+def test_a_trainer_with_accumulation_and_checkpointing_takes_its_own_steps(tmp_path, schedule):
+    runs, its = trainer(tmp_path, schedule, 3, 1, save_strategy="no")
+    assert "bert.pooler.dense.weight" in its.mask
+    runs.train()
+    assert its.steps == runs.state.global_step == 4
     assert (its.stage, its.mask.k) == (2, its.mask.n // 2)
+
+
+@pytest.mark.parametrize("until", [3, 5])
+@pytest.mark.parametrize("schedule", [DPS, DPSMix])
+def test_a_trainer_resumes_bit_for_bit(tmp_path, schedule, until):
+    """From its own checkpoint, of a step in stage two or in the next stage one, and the state of the schedule."""
+    tf, saved = pytest.importorskip("transformers"), {}
+    runs, its = trainer(tmp_path, schedule, 2, 2, save_strategy="steps", save_steps=until)
+
+    class Keep(tf.TrainerCallback):
+        def on_save(self, arguments, state, control, **rest):
+            torch.save(its.state_dict(), saved.setdefault(state.global_step, io.BytesIO()))
+
+    runs.add_callback(Keep())
+    runs.train()
+    again, other = trainer(tmp_path, schedule, 2, 2, save_strategy="no")
+    saved[until].seek(0)
+    other.load_state_dict(torch.load(saved[until]))
+    again.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{until}"))
+    assert other.steps == its.steps == 8
+    for name, weight in runs.model.named_parameters():
+        assert torch.equal(weight, again.model.get_parameter(name)), name

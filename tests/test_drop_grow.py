@@ -115,3 +115,9 @@ def test_a_tensor_of_which_almost_all_is_selected_exchanges_what_is_left():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(net(), **options)
+
+
+@pytest.mark.parametrize("options", [{"every": 2.5}, {"until": 7.0}])
+def test_steps_are_whole_numbers(options):
+    with pytest.raises(TypeError, match="must be a whole number, got"):
+        make(net(), **options)

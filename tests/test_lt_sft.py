@@ -184,3 +184,12 @@ def test_options_that_make_no_sense_are_refused(options, message):
     optimizer = sparseft.SparseSGD(model.parameters())
     with pytest.raises(ValueError, match=message):
         LTSFT(model, optimizer, **{"density": 0.1, "steps": 4, **options})
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 2.5}, {"rounds": 2.0, "sparse_steps": 3}, {"rounds": 2, "sparse_steps": 1.5}]
+)
+def test_numbers_are_whole(options):
+    model = net()
+    with pytest.raises(TypeError, match="must be a whole number, got"):
+        LTSFT(model, sparseft.SparseSGD(model.parameters()), **{"density": 0.1, "steps": 4, **options})

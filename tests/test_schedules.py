@@ -211,6 +211,8 @@ def test_what_does_not_fit_is_refused():
     schedule.close()
     with pytest.raises(ValueError, match="every must be at least 1 optimizer step, got 0"):
         Refresh(model, optimizer, mask, every=0, choose=Random())
+    with pytest.raises(TypeError, match="every must be a whole number"):
+        Refresh(model, optimizer, mask, every=2.0, choose=Random())
     with pytest.raises(ValueError, match=r"must train what the schedule begins with, .*other entries of 0.weight"):
         Refresh(model, optimizer, other, **options)
     with pytest.raises(ValueError, match=r"got no entries of 0.weight"):

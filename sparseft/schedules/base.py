@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -95,14 +95,22 @@ class Schedule:
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         if state["options"] != self._options():
             raise ValueError(
                 f"the state must be of a {type(self).__name__} with {self._options()}, got {state['options']}; make "
                 "the schedule with the options of the saved one"
             )
-        self._set_mask(mask_from_state(state["mask"]))
+        mask = mask_from_state(state["mask"])
+        if (mask.shapes, mask.dense) != (self.mask.shapes, self.mask.dense):
+            raise ValueError(
+                f"the state must be of a {type(self).__name__} that chooses from the same parameters, got one that "
+                f"chooses from {_some(mask.shapes)} and trains {_some(mask.dense)} whole, in place of "
+                f"{_some(self.mask.shapes)} and {_some(self.mask.dense)}; make the schedule with the model, include "
+                "and dense of the saved one"
+            )
+        self._set_mask(mask)
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _options(self) -> dict[str, Any]:
@@ -206,3 +214,8 @@ class Schedule:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+
+
+def _some(names: Collection[str]) -> str:
+    """Return the number of names, and the first of them."""
+    return f"{len(names)} ({', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''})"

@@ -13,6 +13,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, ranked, whole_mask
+from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
 from sparseft.selection.top_k import check_density
 
@@ -38,12 +39,13 @@ class DPS(Schedule):
         density: how much trains in stage two, in (0, 1]. The paper freezes 30 %.
         stage_steps: optimizer steps of a stage, or of each of the two.
         total_steps: in its place, the steps of the whole run: a stage then takes `update_ratio` of them.
-        update_ratio: see there; the paper has 0.05.
+        update_ratio: see there, at most 0.5; the paper has 0.05.
         include: patterns of the parameters to choose from; by default the weights of linear layers.
         dense: patterns of parameters that always train whole, a new head for instance.
         scope: among which entries scores are ranked, as `top_k` has it; those of each tensor, as in the paper.
 
     Raises:
+        TypeError: a number of steps is not whole.
         ValueError: a stage would have no steps, the density is out of range, a pattern matches nothing, or the
             optimizer does not train whole parameters of the model.
 
@@ -87,7 +89,7 @@ class DPS(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         super().load_state_dict(state)
         parameters = dict(self.model.named_parameters())
@@ -143,18 +145,31 @@ def _stages(
     """Return how many steps each stage has.
 
     Raises:
-        ValueError: one has none.
+        TypeError: a number of steps is not whole.
+        ValueError: a stage has none.
     """
     if (stage_steps is None) == (total_steps is None):
         raise ValueError(f"give either stage_steps or total_steps, got {stage_steps} and {total_steps}")
     if total_steps is not None:
+        check_whole("total_steps", total_steps)
+        if not update_ratio <= 0.5:
+            raise ValueError(
+                f"update_ratio must be at most 0.5, so that a run of total_steps has both stages, got {update_ratio}"
+            )
         stage_steps = int(total_steps * update_ratio)
         if stage_steps < 1:
             raise ValueError(
                 f"a stage has update_ratio of total_steps, at least one step, got {update_ratio} of {total_steps}; "
                 "for a run counted in epochs give its number of optimizer steps, for a short one a larger update_ratio"
             )
-    first, second = (stage_steps, stage_steps) if isinstance(stage_steps, int) else tuple(stage_steps or ())
+    steps: tuple[Any, ...] = (
+        tuple(stage_steps) if isinstance(stage_steps, (tuple, list)) else (stage_steps, stage_steps)
+    )
+    if len(steps) != 2:
+        raise ValueError(f"stage_steps must be one number of steps, or one for each of the two stages, got {steps}")
+    for each in steps:
+        check_whole("stage_steps", each)
+    first, second = steps
     if min(first, second) < 1:
         raise ValueError(f"each stage must have at least one step, got {first} and {second}")
     return first, second

@@ -55,7 +55,7 @@ class DPSMix(DPS):
         self.frequency_penalty = frequency_penalty
         try:
             self._mixing = Mixing(model, self._inputs(), 1 - density if mix is None else mix, seed, self._mixed_step)
-        except ValueError:
+        except (TypeError, ValueError):
             self.close()
             raise
         self._frequency = self._no_frequency()
@@ -74,7 +74,7 @@ class DPSMix(DPS):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         super().load_state_dict(state)
         for own, saved in ((self._frequency, "frequency"), (self._mixing.pretrained, "pretrained")):

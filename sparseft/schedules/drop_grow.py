@@ -13,6 +13,7 @@ from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.mask_change import Move
 from sparseft.schedules.base import Schedule
+from sparseft.selection.arguments import check_whole
 
 
 class DropGrow(Schedule):
@@ -34,6 +35,7 @@ class DropGrow(Schedule):
         until: the step of the last exchange; the fraction falls to 0 there as a cosine does. None: it never falls.
 
     Raises:
+        TypeError: a number of steps is not whole.
         ValueError: an option is out of range, or the optimizer trains other entries than the mask's.
 
     Source: RigL, arXiv 1911.11134, whose weights are dropped by size, to zero, for training from scratch. There the
@@ -50,10 +52,13 @@ class DropGrow(Schedule):
         fraction: float = 0.3,
         until: int | None = None,
     ) -> None:
+        check_whole("every", every)
         if every < 1:
             raise ValueError(f"every must be at least 1 optimizer step, got {every}")
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
+        if until is not None:
+            check_whole("until", until)
         if until is not None and until < every:
             raise ValueError(f"until must be at least {every}, the step of the first exchange, got {until}")
         self.every, self.fraction, self.until = every, fraction, until
@@ -68,7 +73,7 @@ class DropGrow(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         super().load_state_dict(state)
         self._pretrained = {

@@ -12,6 +12,7 @@ from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import mask_from_state, mask_state, ranked, whole_mask
+from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
 from sparseft.selection.top_k import check_density, count_at
 
@@ -43,6 +44,7 @@ class LTSFT(Schedule):
             have no other.
 
     Raises:
+        TypeError: a number of steps or rounds is not whole.
         ValueError: a phase would have no steps, a round no entry to choose, the density or scope is out of range, a
             pattern matches nothing, or the optimizer does not train whole parameters of the model.
 
@@ -98,7 +100,7 @@ class LTSFT(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         super().load_state_dict(state)
         weights = self._weights()
@@ -158,6 +160,10 @@ class LTSFT(Schedule):
 
 def _check_rounds(rounds: int, steps: int, sparse_steps: int | None, scope: Scope) -> None:
     """Raise unless every phase has steps, and every round a way to choose."""
+    for name, value in (("steps", steps), ("rounds", rounds)):
+        check_whole(name, value)
+    if sparse_steps is not None:
+        check_whole("sparse_steps", sparse_steps)
     if steps < 1:
         raise ValueError(f"everything must train for at least one step before the choice, got {steps}")
     if rounds < 1:

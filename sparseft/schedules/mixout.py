@@ -54,7 +54,7 @@ class Mixout(Schedule):
         super().__init__(model, optimizer, mask)
         try:
             self._mixing = Mixing(model, dict.fromkeys(inputs), p, seed, lambda: self.steps)
-        except ValueError:
+        except (TypeError, ValueError):
             self.close()
             raise
 
@@ -72,7 +72,7 @@ class Mixout(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others; nothing was changed.
         """
         super().load_state_dict(state)
         for name, values in self._mixing.pretrained.items():

@@ -13,6 +13,7 @@ from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.selection import checked_method, select
+from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import check_groups
 from sparseft.selection.top_k import check_density
 
@@ -32,6 +33,7 @@ class Refresh(Schedule):
             `lambda model: sparseft.select("fish", model, loader, density=0.005)`. It is called with gradients enabled.
 
     Raises:
+        TypeError: every is not a whole number.
         ValueError: every is below 1, or the optimizer trains other entries than the mask's.
 
     Source: FISH's masks of every epoch, arXiv 2111.09839; there, momentum goes on moving what is no longer selected.
@@ -46,6 +48,7 @@ class Refresh(Schedule):
         every: int,
         choose: Callable[[nn.Module], Mask],
     ) -> None:
+        check_whole("every", every)
         if every < 1:
             raise ValueError(f"every must be at least 1 optimizer step, got {every}")
         self.every, self._choose = every, choose
