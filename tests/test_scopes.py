@@ -149,7 +149,9 @@ def test_parameters_without_scores_count_in_the_density():
         mask = sparseft.top_k({"a": torch.rand(5, 4), "c": torch.rand(6)}, 0.3, scope=scope, unscored={"b": (10, 2)})
         assert (mask.k, mask.n) == (13, 46)
         assert set(mask) == {"a", "c"}
-    with pytest.raises(ValueError, match="at most the 4 selectable entries, got 12"):
+    with pytest.raises(
+        ValueError, match=r"the 4 selectable entries, got 0.5, which is 12, 8 too many; b and the like"
+    ):
         sparseft.top_k({"a": torch.rand(4)}, 0.5, unscored={"b": (10, 2)})
 
 

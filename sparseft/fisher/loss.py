@@ -99,7 +99,7 @@ class Objective:
         if labels is None and self._mode == "empirical":
             raise ValueError(
                 'every batch must hold labels ("labels" in a mapping, or (inputs, targets)), got a batch without; '
-                'add them, or use mode="expected" or "sampled", which need none'
+                'add them; estimate_fisher and method "fish" need none with mode="expected" or "sampled"'
             )
         logits = self._logits(model, batch, labels)
         kind = kind_of(model, logits, labels)

@@ -87,7 +87,7 @@ def top_k(
         if density is not None:
             count = count_at(density, sum(math.prod(shape) for shape in shapes.values()))
         if count is not None and count > total:
-            raise ValueError(f"k must be at most the {total:,} selectable entries, got {count:,}")
+            raise ValueError(_too_many(density, count, total, unscored))
         filled = {name: score for name, score in held.items() if score.numel()}
         views = layouts or {}
         selected = _selected(filled, count, k is not None, per_group, scope, structure, sides, views)
@@ -114,6 +114,13 @@ def count_at(density: float, n: int) -> int:
     """Return how many of n entries a density selects: rounded down, at least one."""
     # a product like 0.29 * 100 falls just below its integer in binary; a part in 10^12 is no entry
     return max(1, math.floor(density * n * (1 + 1e-12)))
+
+
+def _too_many(density: float | None, count: int, total: int, unscored: Mapping[str, Any] | None) -> str:
+    """Say that more was asked for than can be selected, and by how much."""
+    what, got = ("k", f"{count:,}") if density is None else ("density", f"{density}, which is {count:,}")
+    named = f"; {', '.join(list(unscored)[:4])} and the like have no scores: exclude them" if unscored else ""
+    return f"{what} must be at most the {total:,} selectable entries, got {got}, {count - total:,} too many{named}"
 
 
 def _held(
