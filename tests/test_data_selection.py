@@ -186,6 +186,18 @@ def test_a_stage_chooses_what_its_definition_asks_for(name, negative):
         assert found.info["budget"] == 6
 
 
+def test_copies_count_again_for_a_task_and_nowhere_else():
+    one, other = torch.tensor([0.9, 0.8, 0.1]), torch.tensor([0.1, 0.2, 0.7])
+    with_task = torch.stack([one, one, other, one])
+    chosen = task_specific(with_task, 4)
+    assert chosen.indices == [0, 2, 1, 3]
+    torch.testing.assert_close(chosen.gains, torch.tensor([2.7, 1.3, 0.9, 0.9], dtype=torch.float64))
+    among = with_task[:, [0, 0, 2, 0]]
+    for found in (instruction_tuning(among, 4), task_specific(among, 4, query=among)):
+        assert set(found.indices[:2]) == {0, 2}
+        assert found.gains[2:].tolist() == [0, 0]
+
+
 def test_a_reason_says_whom_a_sample_stands_for():
     kernel = torch.tensor(
         [

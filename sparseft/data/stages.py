@@ -62,6 +62,8 @@ def task_specific(
     utilities as pool times task: it is the default. The one over the pool, which the published code has, asks how well
     those of the pool are represented that the task stands for; it is used where `query` is given.
 
+    Over the queries, a copy of a chosen sample is still worth `eta` times what it is to the task: leave copies out.
+
     Args:
         kernel: fp32 [pool, task]; with query [pool, pool].
         budget: as for `instruction_tuning`.
