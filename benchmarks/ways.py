@@ -25,6 +25,7 @@ from sparseft.integrations.fitting import fit
 from sparseft.mask import Mask
 
 FULL_LR, FISH_LR = training.DEFAULT_LR["full"], training.DEFAULT_LR["fish"]
+ATTACHED_LR = 3e-3  # from the sweep
 SHARE = 0.3  # of the training rows, where rows are chosen
 
 
@@ -290,9 +291,9 @@ WAYS: dict[str, Way] = {
     "DPS": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps)),
     "DPS Mix": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps_mix)),
     "Mixout": Way("schedule", "all", FULL_LR, of_everything(mixout)),
-    "S4": Way("design space", "0.5 %", 1e-3, by_space(Space.preset("s4"))),
-    "S4 and sparse": Way("design space", "0.5 %", 1e-3, by_space(Space(("ALS", "APS", "ABPS", "BLPS")))),
-    "LoRA": Way("design space", "0.5 %", 1e-3, by_space(Space(("L",)))),
+    "S4": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space.preset("s4"))),
+    "S4 and sparse": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space(("ALS", "APS", "ABPS", "BLPS")))),
+    "LoRA": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space(("L",)))),
     "DELIFT": Way("rows", "0.5 %, 30 % of the rows", FISH_LR, on_rows(by_facility_location)),
     "random rows": Way("rows", "0.5 %, 30 % of the rows", FISH_LR, on_rows(at_random)),
     "head": Way("baseline", "the head", training.DEFAULT_LR["head"], selected("head")),
