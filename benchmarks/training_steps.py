@@ -21,7 +21,7 @@ LR = 1e-5
 
 def full(model: nn.Module, density: float) -> Step:
     """Train everything with torch's fused AdamW."""
-    return _step(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
+    return step(model, torch.optim.AdamW(model.parameters(), lr=LR, fused=True))
 
 
 def input_gradients(model: nn.Module, density: float) -> Step:
@@ -40,7 +40,7 @@ def compact(model: nn.Module, density: float) -> Step:
     """Train random entries of the linear layers with compact gradients."""
     mask = random_mask(model, density)
     sparseft.compact_gradients(model, mask).__enter__()
-    return _step(model, sparseft.SparseAdamW(mask.param_groups(model), lr=LR))
+    return step(model, sparseft.SparseAdamW(mask.param_groups(model), lr=LR))
 
 
 def compact_torch_products(model: nn.Module, density: float) -> Step:
@@ -61,7 +61,7 @@ def dense_gradients(model: nn.Module, density: float) -> Step:
     """Train the same entries with ordinary gradients, of which the sparse optimizer takes what it needs."""
     mask = random_mask(model, density)
     mask.freeze_rest(model)
-    return _step(model, sparseft.SparseAdamW(mask.param_groups(model), lr=LR))
+    return step(model, sparseft.SparseAdamW(mask.param_groups(model), lr=LR))
 
 
 def lora(model: nn.Module, density: float) -> Step:
@@ -130,10 +130,10 @@ def _peft(model: nn.Module, config: object) -> Step:
 
     wrapped = get_peft_model(model, config)
     trainable = [parameter for parameter in wrapped.parameters() if parameter.requires_grad]
-    return _step(wrapped, torch.optim.AdamW(trainable, lr=LR, fused=True))
+    return step(wrapped, torch.optim.AdamW(trainable, lr=LR, fused=True))
 
 
-def _step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
+def step(model: nn.Module, optimizer: torch.optim.Optimizer) -> Step:
     def run(batch: Batch) -> None:
         model(**batch).loss.backward()
         optimizer.step()
