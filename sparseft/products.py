@@ -17,6 +17,7 @@ from torch import Tensor
 
 _FEWEST_ROWS = 16  # below, starting oneDNN costs what it saves
 _SMALLEST_WEIGHT = 1 << 13
+_SMALLEST_GRADIENT = 1 << 21  # in multiply-adds
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -29,7 +30,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return torch.nn.functional.linear(x, weight, bias)
     rows, shape = x.reshape(math.prod(x.shape[:-1]), x.shape[-1]), [*x.shape[:-1], weight.shape[0]]
     # no views are returned: autograd would not let them be changed in place
-    if _onednn_is_faster(rows, weight) and (bias is None or bias.shape == weight.shape[:1]):
+    large = len(rows) >= _FEWEST_ROWS and weight.numel() >= _SMALLEST_WEIGHT
+    if large and _onednn_is_faster(rows) and (bias is None or bias.shape == weight.shape[:1]):
         # oneDNN reads a bias as if it had no gaps
         bias = None if bias is None else bias.contiguous()
         y = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
@@ -42,6 +44,27 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     else:
         torch.addmm(bias, rows, weight.T, out=out)
     return y
+
+
+def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
+    """Return dy.T @ x, the gradient of a linear layer's weight, in memory of its own; no gradient is recorded.
+
+    dy: [M, O]; x: [M, I]; one dtype, fp32, bf16 or fp16. Returns fp32 [O, I], contiguous; summed in fp32.
+    """
+    if dy.shape[1] > x.shape[1]:
+        # libraries want the narrower factor first: the other way round, few columns take up to 30 times as long
+        return weight_gradient(x, dy).T.contiguous()
+    if dy.is_cuda and dy.dtype != torch.float32:
+        return torch.mm(dy.T, x, out_dtype=torch.float32)
+    # gaps cost all libraries more than a copy, and oneDNN a thousand times the time
+    dy, x = dy.float().contiguous(), x.float().contiguous()
+    if torch.compiler.is_compiling():
+        return torch.mm(dy.T, x)
+    if len(x) * dy.shape[1] * x.shape[1] >= _SMALLEST_GRADIENT and _onednn_is_faster(x):
+        gradient: Tensor = torch.ops.mkldnn._linear_pointwise(dy.T, x.T, None, "none", [], "")
+        return gradient
+    # what is given an `out` is not cast by autocast
+    return torch.mm(dy.T, x, out=x.new_empty(dy.shape[1], x.shape[1]))
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -59,14 +82,8 @@ def prefer_onednn() -> bool:
     return wide and has_onednn and torch.backends.mkl.is_available() and _vendor() == "AuthenticAMD"
 
 
-def _onednn_is_faster(rows: Tensor, weight: Tensor) -> bool:
-    return (
-        rows.device.type == "cpu"
-        and rows.dtype == torch.float32
-        and len(rows) >= _FEWEST_ROWS
-        and weight.numel() >= _SMALLEST_WEIGHT
-        and prefer_onednn()
-    )
+def _onednn_is_faster(factor: Tensor) -> bool:
+    return factor.device.type == "cpu" and factor.dtype == torch.float32 and prefer_onednn()
 
 
 def _vendor() -> str:

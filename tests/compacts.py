@@ -1,4 +1,6 @@
-"""A small net, its masks and inputs, and optimizers of this and other packages, for tests of compact gradients."""
+"""For tests of compact gradients: a small net, its masks and inputs, optimizers, and what gradients should be."""
+
+import copy
 
 import pytest
 import torch
@@ -37,3 +39,23 @@ every_optimizer = pytest.mark.parametrize("make_optimizer", OPTIMIZERS.values(),
 
 def shapes_of(model):
     return {name: p.shape for name, p in model.named_parameters()}
+
+
+def assert_same_gradients(model, mask, loss, tolerance=1e-5):
+    """The leaves get what autograd finds for the whole parameters of a copy, and these get nothing."""
+    reference = copy.deepcopy(model)
+    loss(reference).backward()
+    dense = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in reference.named_parameters()}
+    largest = max(float(grad.abs().max()) for grad in dense.values())
+    with sparseft.compact_gradients(model, mask) as compact:
+        loss(model).backward()
+        assert compact.entries.keys() == mask.keys()
+        for name, leaf in compact.entries.items():
+            index = mask[name].long().to(leaf.device)
+            want = dense[name].reshape(-1)[index].float()
+            got = torch.zeros_like(want) if leaf.grad is None else leaf.grad
+            assert got.dtype == torch.float32
+            scale = max(float(want.abs().max()), 1e-6 * largest)
+            assert float((got - want).abs().max()) <= tolerance * scale, name
+        whole = [name for name, p in model.named_parameters() if p.grad is not None and "selected/" not in name]
+        assert whole == list(mask.dense)

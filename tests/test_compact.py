@@ -6,7 +6,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
-from compacts import inputs, mask_of, net
+from compacts import assert_same_gradients, inputs, mask_of, net
 from models import one_thread  # noqa: F401
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -18,26 +18,6 @@ from sparseft.mask import Mask
 
 def random_mask(model, density=0.1, seed=0):
     return sparseft.select("random", model, density=density, seed=seed)
-
-
-def assert_same_gradients(model, mask, loss, tolerance=1e-5):
-    """The leaves get what autograd finds for the whole parameters of a copy, and these get nothing."""
-    reference = copy.deepcopy(model)
-    loss(reference).backward()
-    dense = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in reference.named_parameters()}
-    largest = max(float(grad.abs().max()) for grad in dense.values())
-    with sparseft.compact_gradients(model, mask) as compact:
-        loss(model).backward()
-        assert compact.entries.keys() == mask.keys()
-        for name, leaf in compact.entries.items():
-            index = mask[name].long().to(leaf.device)
-            want = dense[name].reshape(-1)[index].float()
-            got = torch.zeros_like(want) if leaf.grad is None else leaf.grad
-            assert got.dtype == torch.float32
-            scale = max(float(want.abs().max()), 1e-6 * largest)
-            assert float((got - want).abs().max()) <= tolerance * scale, name
-        whole = [name for name, p in model.named_parameters() if p.grad is not None and "selected/" not in name]
-        assert whole == list(mask.dense)
 
 
 @pytest.mark.parametrize("device", testing.devices())

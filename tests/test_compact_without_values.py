@@ -73,7 +73,7 @@ def test_what_an_entry_costs(bits):
             assert leaf.grad is None
             assert leaf.dense.grad is None
             kept += [leaf, leaf.index_list, *optimizer.state[leaf].values()]
-            kept += [way.indices for way in (leaf.dense.selection.linear, leaf.dense.selection.conv1d)]
+            kept += [way.where for way in (leaf.dense.selection.linear, leaf.dense.selection.conv1d)]
         storages = {each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in kept}
     assert sum(storages.values()) <= {32: 10.1, 8: 4.2}[bits] * mask.k
 

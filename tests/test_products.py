@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from sparseft import products
+from sparseft import products, testing
 from sparseft.fisher import estimate_fisher
 from sparseft.fisher.loop import batch_one_fisher
 
@@ -17,6 +17,7 @@ def library(request, monkeypatch):
     monkeypatch.setattr(products, "prefer_onednn", lambda: request.param == "onednn")
     monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(products, "_SMALLEST_WEIGHT", 1)
+    monkeypatch.setattr(products, "_SMALLEST_GRADIENT", 1)
     return request.param
 
 
@@ -62,6 +63,31 @@ def test_nothing_to_multiply(library, shape):
 def test_other_dtypes_stay_with_torch(library, dtype):
     x, weight = torch.randn(40, 24).to(dtype), torch.randn(16, 24).to(dtype)
     torch.testing.assert_close(products.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+@pytest.mark.parametrize(
+    "shape", [(1, 1, 1), (17, 33, 9), (130, 5, 200), (130, 200, 1), (0, 5, 4), (3, 0, 4), (3, 5, 0)]
+)
+@pytest.mark.parametrize("layout", ["plain", "strided", "slices", "expanded"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+@pytest.mark.parametrize("device", testing.devices())
+def test_weight_gradient(library, shape, layout, dtype, device):
+    """To the accuracy of fp32 in every dtype, autocast or not."""
+    tokens, out, inside = shape
+    dy, x = torch.randn(tokens, out, device=device).to(dtype), torch.randn(tokens, inside, device=device).to(dtype)
+    if layout == "strided":
+        dy, x = strided(dy), strided(x)
+    elif layout == "slices":
+        dy, x = torch.cat([dy, dy], 1)[:, :out], torch.cat([x, x], 1)[:, inside:]
+    elif layout == "expanded":
+        dy = dy[:1, :1].expand(len(dy[:1]) * tokens, out)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        gradient = products.weight_gradient(dy, x)
+    want = dy.double().T @ x.double()
+    assert gradient.dtype == torch.float32
+    assert gradient.shape == want.shape
+    assert gradient.is_contiguous()
+    assert not want.numel() or float((gradient - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
 def test_fisher_is_exact_with_either(library):

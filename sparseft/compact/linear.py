@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.compact import bands
 from sparseft.compact.selection import Selection
 from sparseft.entries import entries_of
 from sparseft.products import autocast_dtype, linear
@@ -20,7 +21,7 @@ from sparseft.products import autocast_dtype, linear
 class _Linear(torch.autograd.Function):
     """y = x @ weight.T + bias, or x @ weight + bias for a weight [I, O]; the leaf gets the weight's gradient.
 
-    indices, kept: see `Wanted`.
+    spans, where, kept: see `Wanted`.
     """
 
     @staticmethod
@@ -31,19 +32,20 @@ class _Linear(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         transposed: bool,
-        indices: Tensor,
+        spans: tuple[tuple[int, int], ...] | None,
+        where: Tensor,
         kept: Tensor | None,
     ) -> Tensor:
         needed = x if kept is None else x.index_select(-1, kept)
-        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, indices)
-        ctx.transposed, ctx.dtype, ctx.leaf = transposed, x.dtype, (entries.shape, entries.dtype)
+        ctx.save_for_backward(needed if ctx.needs_input_grad[0] else None, weight, where)
+        ctx.transposed, ctx.dtype, ctx.spans, ctx.leaf = transposed, x.dtype, spans, (entries.shape, entries.dtype)
         matrix = weight.to(x.dtype)
         return linear(x, matrix.T if transposed else matrix, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, indices = ctx.saved_tensors
+        x, weight, where = ctx.saved_tensors
         grad = dx = bias_grad = None
         if ctx.needs_input_grad[1]:
             matrix = weight.to(ctx.dtype)
@@ -52,13 +54,16 @@ class _Linear(torch.autograd.Function):
         if x is not None:
             x_rows = x.reshape(len(dy_rows), x.shape[-1])
             shape, dtype = ctx.leaf
-            grad = torch.zeros(shape, dtype=torch.float32, device=dy.device)
             left, right = (x_rows, dy_rows) if ctx.transposed else (dy_rows, x_rows)
-            torch.ops.sparseft.selected_grad_(grad, right, left, indices)
+            if ctx.spans is None:
+                grad = torch.zeros(shape, dtype=torch.float32, device=dy.device)
+                torch.ops.sparseft.selected_grad_(grad, right, left, where)
+            else:
+                grad = bands.gradient(left, right, bands.Bands(ctx.spans, where))
             grad = grad.to(dtype)
         if ctx.needs_input_grad[3]:
             bias_grad = dy_rows.sum(0)
-        return grad, dx, None, bias_grad, None, None, None
+        return grad, dx, None, bias_grad, None, None, None, None
 
 
 def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
@@ -74,7 +79,9 @@ def _compact_linear(x: Tensor, weight: Tensor, bias: Tensor | None, transposed: 
         bias = bias.selection.tied(bias)  # type: ignore[attr-defined]
     dtype = autocast_dtype(x)
     x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
-    y: Tensor = _Linear.apply(entries_of(weight), x, weight, bias, transposed, wanted.indices, wanted.kept)  # type: ignore[no-untyped-call]
+    y: Tensor = _Linear.apply(  # type: ignore[no-untyped-call]
+        entries_of(weight), x, weight, bias, transposed, wanted.spans, wanted.where, wanted.kept
+    )
     return y
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
+from sparseft.compact.bands import Bands
 from sparseft.entries import SelectedEntries
 from sparseft.index_lists import index_dtype, smallest
 
@@ -21,12 +22,14 @@ class Wanted:
     """What a linear layer computes of a matrix's gradient.
 
     Attributes:
-        indices: the index list of the selected entries: in the matrix, or in the kept lines of it alone.
+        spans: of bands, see `Bands`; None for single entries.
+        where: the lines of the bands, or the index list of the entries; in the kept lines of the matrix, if any are.
         kept: int64, sorted: the columns of the layer's input that selected entries meet, if they are few; else None.
     """
 
-    indices: Tensor
-    kept: Tensor | None = None
+    spans: tuple[tuple[int, int], ...] | None
+    where: Tensor
+    kept: Tensor | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -52,15 +55,14 @@ class Selection:
             return cls(entries)
         height, width = parameter.shape
         positions = entries.positions.long()
-        rows, row_slots = (positions // width).unique(return_inverse=True)
-        columns, column_slots = (positions % width).unique(return_inverse=True)
-        linear = conv1d = Wanted(entries.index_list)
+        row, column = positions // width, positions % width
+        rows, row_slots = row.unique(return_inverse=True)
+        columns, column_slots = column.unique(return_inverse=True)
+        linear = conv1d = _wanted(row, column, (height, width), index_list=entries.index_list)
         if _FEW * len(columns) <= width:
-            inside = positions // width * len(columns) + column_slots
-            linear = Wanted(_index_list(inside, height * len(columns)), columns)
+            linear = _wanted(row, column_slots, (height, len(columns)), kept=columns)
         if _FEW * len(rows) <= height:
-            inside = row_slots * width + positions % width
-            conv1d = Wanted(_index_list(inside, len(rows) * width), rows)
+            conv1d = _wanted(row_slots, column, (len(rows), width), kept=rows)
         return cls(entries, len(rows), linear, conv1d)
 
     def tied(self, parameter: Tensor) -> Tensor:
@@ -69,8 +71,17 @@ class Selection:
         return tied
 
 
-def _index_list(positions: Tensor, numel: int) -> Tensor:
-    return smallest(positions.to(index_dtype(numel)), numel)
+def _wanted(
+    row: Tensor, column: Tensor, shape: tuple[int, int], index_list: Tensor | None = None, kept: Tensor | None = None
+) -> Wanted:
+    """Return what is wanted of a matrix of this shape. index_list: of the same entries, if there is one already."""
+    bands = Bands.of(row, column, shape)
+    if bands is not None:
+        return Wanted(bands.spans, bands.lines, kept)
+    if index_list is None:
+        numel = shape[0] * shape[1]
+        index_list = smallest((row * shape[1] + column).to(index_dtype(numel)), numel)
+    return Wanted(None, index_list, kept)
 
 
 class _Tie(torch.autograd.Function):
