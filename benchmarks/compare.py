@@ -15,12 +15,12 @@ import argparse
 import csv
 import itertools
 import json
-import statistics
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import compare_table
 import provenance
 import torch
 import ways
@@ -28,7 +28,6 @@ from tqdm import tqdm
 
 from sparseft.integrations import encoding, evaluation, examples, models, training
 
-PAGE = provenance.ROOT / "docs" / "comparison.md"
 TASKS = ("trec6", "rte")
 CASE = ("task", "way", "seed", "density", "epochs", "batch_size", "max_length", "samples", "bf16", "lr", "head_lr")
 
@@ -92,30 +91,6 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
         tqdm.write(json.dumps(row))
 
 
-def table(rows: list[dict[str, str]]) -> str:
-    """Return a table of Markdown: means over seeds, and half of the range that they span."""
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    lines = [
-        "| method | trains | lr | changed in the end | " + " | ".join(tasks) + " |",
-        "| --- | --- | --- | --- | " + " | ".join("---" for _ in tasks) + " |",
-    ]
-    for name, way in ways.WAYS.items():
-        mine = [row for row in rows if row["way"] == name]
-        if not mine:
-            continue
-        weights = statistics.mean(int(row["changed_weights"]) for row in mine)
-        cells = [_cell([float(row["dev_accuracy"]) for row in mine if row["task"] == task]) for task in tasks]
-        lines.append(f"| {name} | {way.budget} | {way.lr:g} | {weights:,.0f} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
-def _cell(figures: list[float]) -> str:
-    if not figures:
-        return ""
-    spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
-    return f"{100 * statistics.mean(figures):.1f} ± {100 * spread:.1f}"
-
-
 def read(path: Path) -> list[dict[str, str]]:
     """Return the rows of a file; none if it is not there."""
     if not path.exists():
@@ -145,7 +120,7 @@ def main() -> None:
     options = parser.parse_args()
     path = provenance.RESULTS / f"compare-{options.machine}.csv"
     if options.table:
-        print(table(read(path)))
+        print(compare_table.table(read(path)))
         return
     if options.data is None:
         parser.error("--data must name the folder of the tasks")

@@ -1,4 +1,4 @@
-"""Write the tables of the README and of this folder's from the rows in results/; --check only compares.
+"""Write the tables of the pages from the rows in results/; --check only compares.
 
 A page gets the tables whose markers it holds. So a figure without a row cannot get into a page, and a row that changed
 cannot be left out of it.
@@ -14,12 +14,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import compare_table
 import ird_table
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md")
-OTHERS = ("demo-", "glue-", "ird-", "sweep-")
+PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "comparison.md")
+OTHERS = ("compare-", "demo-", "glue-", "ird-", "sweep-")
 # what a newcomer asks first: op, pattern of its case, unit, baselines (all if none is named)
 HEADLINES = (
     ("estimate_fisher", "MiniLM, 4 x 16 x 128 tokens", "s", ("forward + backward", "loop of batch 1, published")),
@@ -164,11 +165,24 @@ def ird(folder: Path) -> str:
     return "\n\n".join(blocks)
 
 
+def comparison(folder: Path) -> str:
+    """Return what the rows of compare.py say, a table a machine."""
+    blocks = []
+    for file in sorted(folder.glob("compare-*.csv")):
+        rows = _rows(file)
+        seen = ", ".join(dict.fromkeys(row["device"] for row in rows))
+        versions = f"torch {rows[-1]['torch']}, transformers {rows[-1]['transformers']}"
+        heading = f"{len(rows)} runs on {seen}; {versions}; until {max(row['date'] for row in rows)}:"
+        blocks.append(f"{heading}\n\n{compare_table.table(rows)}")
+    return "\n\n".join(blocks)
+
+
 TABLES: dict[str, Callable[[Path], str]] = {
     "benchmarks": benchmarks,
     "headlines": headlines,
     "demo": demo,
     "ird": ird,
+    "comparison": comparison,
 }
 
 

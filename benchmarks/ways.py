@@ -78,13 +78,11 @@ class Way:
     """One line of the comparison.
 
     Attributes:
-        kind: "selection", "schedule", "design space", "rows" or "baseline".
         budget: what trains, in words, for a share of 0.5 %.
         lr: peak learning rate of pretrained weights and of what is attached.
         train: (task, loaded, lr, head_lr); changes the model.
     """
 
-    kind: str
     budget: str
     lr: float
     train: Train
@@ -279,23 +277,23 @@ def at_random(task: Task, loaded: models.Loaded, count: int) -> list[int]:
 
 WAYS: dict[str, Way] = {
     **{
-        method: Way("selection", "all biases" if method == "bitfit" else "0.5 %", rate, selected(method))
+        method: Way("all biases" if method == "bitfit" else "0.5 %", rate, selected(method))
         for method, rate in training.DEFAULT_LR.items()
         if method not in choosing.BASELINES
     },
-    "LT-SFT": Way("schedule", "all, then 0.5 %", FISH_LR, in_two_phases(lt_sft)),
-    "diff pruning": Way("schedule", "all, then 0.5 %", FISH_LR, in_two_phases(diff_pruning)),
-    "drop and grow": Way("schedule", "0.5 % at a time", FISH_LR, from_fish(drop_and_grow)),
-    "FISH, refreshed": Way("schedule", "0.5 % at a time", FISH_LR, from_fish(refreshed)),
-    "Child-Tuning-F": Way("schedule", "all, 30 % of the gradients a step", FULL_LR, of_everything(child_tuning_f)),
-    "DPS": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps)),
-    "DPS Mix": Way("schedule", "all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps_mix)),
-    "Mixout": Way("schedule", "all", FULL_LR, of_everything(mixout)),
-    "S4": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space.preset("s4"))),
-    "S4 and sparse": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space(("ALS", "APS", "ABPS", "BLPS")))),
-    "LoRA": Way("design space", "0.5 %", ATTACHED_LR, by_space(Space(("L",)))),
-    "DELIFT": Way("rows", "0.5 %, 30 % of the rows", FISH_LR, on_rows(by_facility_location)),
-    "random rows": Way("rows", "0.5 %, 30 % of the rows", FISH_LR, on_rows(at_random)),
-    "head": Way("baseline", "the head", training.DEFAULT_LR["head"], selected("head")),
-    "full": Way("baseline", "all", FULL_LR, selected("full")),
+    "LT-SFT": Way("all, then 0.5 %", FISH_LR, in_two_phases(lt_sft)),
+    "diff pruning": Way("all, then 0.5 %", FISH_LR, in_two_phases(diff_pruning)),
+    "drop and grow": Way("0.5 % at a time", FISH_LR, from_fish(drop_and_grow)),
+    "FISH, refreshed": Way("0.5 % at a time", FISH_LR, from_fish(refreshed)),
+    "Child-Tuning-F": Way("all, 30 % of the gradients a step", FULL_LR, of_everything(child_tuning_f)),
+    "DPS": Way("all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps)),
+    "DPS Mix": Way("all, and 70 % of linear layers, in turn", FULL_LR, of_everything(dps_mix)),
+    "Mixout": Way("all", FULL_LR, of_everything(mixout)),
+    "S4": Way("0.5 %", ATTACHED_LR, by_space(Space.preset("s4"))),
+    "S4 and sparse": Way("0.5 %", ATTACHED_LR, by_space(Space(("ALS", "APS", "ABPS", "BLPS")))),
+    "LoRA": Way("0.5 %", ATTACHED_LR, by_space(Space(("L",)))),
+    "DELIFT": Way("0.5 %, 30 % of the rows", FISH_LR, on_rows(by_facility_location)),
+    "random rows": Way("0.5 %, 30 % of the rows", FISH_LR, on_rows(at_random)),
+    "head": Way("the head", training.DEFAULT_LR["head"], selected("head")),
+    "full": Way("all", FULL_LR, selected("full")),
 }

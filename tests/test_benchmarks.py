@@ -135,6 +135,30 @@ def test_the_newest_run_of_the_demo_becomes_a_table(tmp_path):
     assert "aaaa" not in page
 
 
+def test_the_comparisons_runs_become_a_table(tmp_path):
+    row = {
+        "task": "rte", "way": "fish", "seed": "0", "lr": "0.001", "changed_weights": "100", "dev_accuracy": "0.5",
+        "device": "a CPU", "torch": "2.13.0", "transformers": "5.0", "date": "2026-01-02",
+    }  # fmt: skip
+    rows = [
+        {**row, "way": "full", "dev_accuracy": "0.6"},
+        row,
+        {**row, "seed": "1", "dev_accuracy": "0.52", "changed_weights": "102"},
+        {**row, "task": "trec6", "dev_accuracy": "0.9", "changed_weights": "104", "date": "2026-01-03"},
+    ]
+    with (tmp_path / "compare-cpu2.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerows(rows)
+    page = tmp_path / "page.md"
+    page.write_text("<!-- comparison:begin --><!-- comparison:end -->\n")
+    assert script("table.py", page, "--results", tmp_path).returncode == 0
+    lines = page.read_text().splitlines()
+    assert "4 runs on a CPU; torch 2.13.0, transformers 5.0; until 2026-01-03:" in lines
+    fish = lines.index("| fish | 0.5 % | 0.001 | 102 | 90.0 | 51.0 ± 1.4 |")
+    assert lines[fish + 1] == "| full | all | 0.001 | 100 |  | 60.0 |"
+
+
 def test_a_page_without_markers_is_refused(tmp_path):
     readme = tmp_path / "README.md"
     readme.write_text("# A page\n")
