@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from sparseft.design_space.adapter import BottleneckAdapter, attach_adapter
 from sparseft.design_space.costs import heads_of
+from sparseft.design_space.entries import choose_entries
 from sparseft.design_space.plan import Plan, Remainder, plan
 from sparseft.design_space.space import Space
 from sparseft.integrations import prefix
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
-from sparseft.selection import select
 
 
 @dataclass(frozen=True)
@@ -67,8 +67,8 @@ def apply_space(
         space: what to train.
         model: a pretrained model of transformers, without adapters.
         budget: number of weights to train in the model's layers.
-        data: batches with labels, for methods that need them; read once for each group with sparse.
-        method: of `sparseft.select`, for selected entries, ranked within their group.
+        data: batches with labels, for methods that need them; read once, so that an iterator will do.
+        method: of `sparseft.select`, for selected entries: any that has scores. They are ranked within their group.
         dense: patterns of parameters outside the layers that train whole, outside the budget: a head, as a rule.
         lora_targets: as peft's target_modules; by default what peft takes for this kind of model.
         lora_scale: LoRA's alpha over its rank, the same for every rank.
@@ -90,7 +90,7 @@ def apply_space(
     found = plan(space, model, budget, lora_targets=targets, stacks=stacks, remainder=remainder)
     outside = _outside(model, found, dense)
     _check_attachable(found, model, lora_scale, lora_dropout)
-    chosen = _selected(found, model, data, method, seed=seed, progress=progress, **options)
+    chosen = choose_entries(found, model, data, method, seed=seed, progress=progress, **options)
     before = {id(parameter): name for name, parameter in model.named_parameters()}
     attach(found, model, lora_scale=lora_scale, lora_dropout=lora_dropout, seed=seed)
     mask = _mask(found, model, chosen, before, outside, {"method": "design space", "selection": method, "seed": seed})
@@ -127,28 +127,6 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
             f"{added:,} weights were attached to {type(model).__name__} where {planned:,} were planned: peft treats "
             "this model in a way of its own; leave L out of the space, and load the model anew"
         )
-
-
-def _selected(
-    found: Plan, model: nn.Module, data: Iterable[Any] | None, method: str, **options: Any
-) -> dict[str, Tensor]:
-    """Return the index lists of every group with selected entries."""
-    sparse = found.parts("S")
-    if isinstance(data, Iterator) and len(sparse) > 1:
-        raise ValueError(
-            f"the data is read once for each of {len(sparse)} groups with selected entries, and an iterator can be "
-            "read once; give a loader or a list of batches"
-        )
-    chosen: dict[str, Tensor] = {}
-    for part in sparse:
-        mask = select(method, model, data, k=part.weights, include=list(part.names), **options)
-        if mask.k != part.weights:
-            raise ValueError(
-                f"a group is to have {part.weights:,} selected entries, and method {method!r} chose {mask.k:,} of "
-                "them; use one that takes them all"
-            )
-        chosen |= dict(mask)
-    return chosen
 
 
 def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
