@@ -81,7 +81,7 @@ def test_choices_are_judged_by_the_mean_and_not_by_the_best_space():
         lucky = space.grouping == "uniform" and space.allocation == "increasing"
         return 10.0 if lucky else 4.0 if space.grouping == "bottleneck" else -10.0
 
-    path = search(evaluate, Options(groups=2, strategies="S", samples=30))
+    path = search(evaluate, Options(groups=3, strategies="S", samples=30))
     assert path.space.grouping == "bottleneck"
 
 
@@ -91,11 +91,11 @@ def test_draws_reach_everything():
     first = [space for space in drawn if space.grouping == "increasing"]
     # 3 allocations, and strategies of the groups that train: 3 + 3 + 9
     assert len(set(first)) == 45
-    assert {space.grouping for space in drawn} == set(GROUPINGS)
+    assert {space.grouping for space in drawn} == {"increasing", "uniform", "decreasing"}
 
 
 def test_a_search_goes_on_after_an_interruption_at_any_point(tmp_path):
-    options = Options(groups=2, strategies="LS", groupings=("spindle", "uniform"), samples=2)
+    options = Options(groups=2, strategies="LS", groupings=("decreasing", "uniform"), samples=2)
     whole = tmp_path / "whole.jsonl"
     calls = []
     path = search(lambda space: calls.append(space) or separable(space), options, log=whole)
@@ -172,6 +172,43 @@ def test_impossible_spaces_are_not_drawn():
         search(separable, OPTIONS, possible=lambda space: False)
 
 
+SAME = [  # groups, layers, what is an earlier grouping by another name
+    (4, (), {}),
+    (4, (12,), {}),
+    (4, (6,), {"decreasing": "uniform"}),  # 2, 2, 1, 1
+    (4, (4,), dict.fromkeys(("uniform", "decreasing", "spindle", "bottleneck"), "increasing")),
+    (4, (4, 6), {"decreasing": "uniform"}),
+    (4, (4, 12), {}),
+    (2, (), {"spindle": "uniform", "bottleneck": "uniform"}),
+    (2, (6,), {"spindle": "uniform", "bottleneck": "uniform"}),
+    (1, (), dict.fromkeys(("uniform", "decreasing", "spindle", "bottleneck"), "increasing")),
+]
+
+
+@pytest.mark.parametrize(("groups", "layers", "same"), SAME)
+def test_patterns_that_coincide_are_judged_once(groups, layers, same):
+    seen = []
+    options = Options(groups=groups, layers=layers, strategies="S", samples=8)
+    path = search(lambda space: seen.append(space) or (1.0 if space.grouping in same else 0.0), options)
+    assert {c.value: c.same_as for c in path.choices if c.stage == "grouping" and c.same_as} == same
+    assert {space.grouping for space in seen} == set(GROUPINGS) - set(same)
+    assert all(bool(c.figures) != (c.value in same) for c in path.choices if c.stage == "grouping")
+    assert {space.allocation for space in seen} == ({"increasing"} if groups == 1 else set(ALLOCATIONS))
+    rows = {row.split()[0]: row.split() for row in str(path).splitlines()[2:6]}
+    for name, first in same.items():
+        assert rows[name] == [name, "0", "as", first]
+
+
+def test_logs_are_of_the_layers_too(tmp_path):
+    log, layers = tmp_path / "log.jsonl", (6, 6)
+    path = search(separable, Options(groups=4, layers=layers, strategies="S", samples=2), log=log)
+    again = search(pytest.fail, Options(groups=4, layers=layers, strategies="S", samples=2), log=log)
+    assert again == path
+    for other in ((), (6,), (12, 12)):
+        with pytest.raises(ValueError, match="other layers"):
+            search(separable, Options(groups=4, layers=other, strategies="S", samples=2), log=log)
+
+
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])
 def test_figures_must_be_finite(figure, tmp_path):
     log = tmp_path / "log.jsonl"
@@ -182,7 +219,8 @@ def test_figures_must_be_finite(figure, tmp_path):
 
 @pytest.mark.parametrize(
     "fields",
-    [{"groups": 0}, {"samples": 1.5}, {"strategies": "SX"}, {"strategies": ""}, {"groupings": ("uniform", "uniform")}],
+    [{"groups": 0}, {"samples": 1.5}, {"strategies": "SX"}, {"strategies": ""}, {"groupings": ("uniform", "uniform")}]
+    + [{"layers": layers} for layers in (6, (3,), (6, 2.0), (True,))],
 )
 def test_options_are_checked(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):

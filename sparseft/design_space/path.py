@@ -18,19 +18,28 @@ class Choice:
     Attributes:
         stage: "grouping", "allocation", "tunable" or "strategies of group 1" and so on.
         value: a pattern, numbers of groups, or letters of strategies.
-        figures: of the spaces drawn under it; none if none was possible.
+        figures: of the spaces drawn under it; none if none was possible, or it is the same as another.
         chosen: whether it was kept.
+        same_as: the earlier choice that this one is by another name, if it is.
     """
 
     stage: str
     value: Any
     figures: tuple[float, ...]
     chosen: bool = False
+    same_as: str | None = None
 
     @property
     def mean(self) -> float:
         """Mean of the figures."""
         return statistics.fmean(self.figures)
+
+    @property
+    def result(self) -> str:
+        """The mean, or why there is none, for readers."""
+        if self.same_as is not None:
+            return f"as {self.same_as}"
+        return f"{self.mean:.4f}" if self.figures else "impossible"
 
     @property
     def label(self) -> str:
@@ -61,7 +70,7 @@ class SearchPath:
                     choice.stage if choice.stage != last else "",
                     choice.label,
                     str(len(choice.figures)),
-                    f"{choice.mean:.4f}" if choice.figures else "impossible",
+                    choice.result,
                     f"{error:.4f}" if error is not None else "",
                     "kept" if choice.chosen else "",
                 )
@@ -72,8 +81,11 @@ class SearchPath:
     def plot(self, path: str | os.PathLike[str]) -> None:
         """Draw the path to a file: a panel a stage, a dot a space, a bar at the mean of each choice.
 
+        A choice that is another one by another name is left out.
+
         Raises:
             RuntimeError: matplotlib is not installed.
+            ValueError: the path's ending is none of matplotlib's formats.
         """
         from sparseft.design_space.picture import draw
 

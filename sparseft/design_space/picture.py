@@ -18,6 +18,7 @@ def draw(choices: Sequence[Choice], path: str | os.PathLike[str]) -> None:
     Raises:
         RuntimeError: matplotlib is not installed.
     """
+    choices = [choice for choice in choices if choice.same_as is None]
     stages = list(dict.fromkeys(choice.stage for choice in choices))
     of_stage = {stage: [choice for choice in choices if choice.stage == stage] for stage in stages}
     widths = [len(found) + 1 for found in of_stage.values()]

@@ -2,7 +2,8 @@
 
 Source: arXiv 2301.01821. At each stage every choice is judged by the mean of spaces drawn at random under it, with
 what earlier stages chose held fixed; the best choice is kept. There is no published code of it. Where the paper's
-first stage draws a strategy for every layer, groups and their strategies are drawn here.
+first stage draws a strategy for every layer, groups and their strategies are drawn here. A pattern that is an earlier
+one by another name, as happens in shallow models, is not judged again.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 from sparseft.design_space.log import Log
 from sparseft.design_space.path import Choice, SearchPath
-from sparseft.design_space.sizes import ALLOCATIONS, GROUPINGS
+from sparseft.design_space.sizes import ALLOCATIONS, GROUPINGS, group_sizes, proportions
 from sparseft.design_space.space import STRATEGIES, Space
 
 # draws for each space wanted before a choice is taken to have no more of them
@@ -34,6 +35,8 @@ class Options:
         groupings, allocations: patterns to choose among.
         samples: spaces drawn for each choice; all of them where there are fewer. The paper has 100.
         seed: of the draws.
+        layers: how many each stack of the model has: (12,), or (12, 12) with an encoder and a decoder. Groupings whose
+            sizes are the same there are judged once; without it, only those that are the same in any model.
     """
 
     groups: int = 4
@@ -42,12 +45,20 @@ class Options:
     allocations: tuple[str, ...] = tuple(ALLOCATIONS)
     samples: int = 100
     seed: int = 0
+    layers: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         for name in ("groups", "samples"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name} must be a whole number of at least 1, got {value!r}")
+        if not isinstance(self.layers, tuple) or not all(
+            isinstance(depth, int) and not isinstance(depth, bool) and depth >= self.groups for depth in self.layers
+        ):
+            raise ValueError(
+                f"layers must be a tuple of numbers of layers, one a stack, each at least groups={self.groups}, got "
+                f"{self.layers!r}"
+            )
         known: dict[str, Iterable[str]] = {
             "strategies": STRATEGIES,
             "groupings": GROUPINGS,
@@ -67,6 +78,7 @@ class Options:
             "allocations": list(self.allocations),
             "samples": self.samples,
             "seed": self.seed,
+            "layers": list(self.layers) or None,
         }
 
 
@@ -98,13 +110,19 @@ def search(
     """
     options = options or Options()
     record = Log(log, options.plain())
+    same = _same(options)
+    distinct = tuple(value for value in options.allocations if ("allocation", value) not in same)
+    drawn = replace(options, allocations=distinct)
     fixed: dict[str, Any] = {}
     choices: list[Choice] = []
     for stage in _stages(options):
         if stage.startswith("strategies") and _group(stage) not in fixed["tunable"]:
             continue
         judged = [
-            _judge(stage, value, fixed, options, evaluate, record, possible) for value in _values(stage, options)
+            Choice(stage, value, (), same_as=same[stage, value])
+            if (stage, value) in same
+            else _judge(stage, value, fixed, drawn, evaluate, record, possible)
+            for value in _values(stage, options)
         ]
         known = [choice for choice in judged if choice.figures]
         if not known:
@@ -112,7 +130,26 @@ def search(
         best = max(known, key=lambda choice: choice.mean)
         fixed[stage] = best.value
         choices += [replace(choice, chosen=choice is best) for choice in judged]
-    return SearchPath(tuple(choices), _space(fixed, options, random.Random(options.seed)))
+    return SearchPath(tuple(choices), _space(fixed, drawn, random.Random(options.seed)))
+
+
+def _same(options: Options) -> dict[tuple[str, Any], str]:
+    """Return the choices that are an earlier one by another name: (stage, pattern) -> that one."""
+    groups, found = options.groups, {}
+    meanings: dict[str, dict[str, Any]] = {
+        "grouping": {
+            pattern: [group_sizes(pattern, depth, groups) for depth in options.layers]
+            or proportions(GROUPINGS[pattern](groups))
+            for pattern in options.groupings
+        },
+        "allocation": {pattern: proportions(ALLOCATIONS[pattern](groups)) for pattern in options.allocations},
+    }
+    for stage, meaning in meanings.items():
+        for pattern in meaning:
+            first = next(other for other in meaning if meaning[other] == meaning[pattern])
+            if first != pattern:
+                found[stage, pattern] = first
+    return found
 
 
 def _judge(

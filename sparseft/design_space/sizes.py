@@ -93,6 +93,11 @@ def largest_remainders(total: int, weights: Sequence[int | Fraction]) -> list[in
     return floors
 
 
+def proportions(weights: Sequence[int]) -> list[int]:
+    """Return whole numbers in their lowest terms: 1:2 for 2:4."""
+    return [weight // math.gcd(*weights) for weight in weights]
+
+
 def check_pattern(what: str, pattern: str, known: dict[str, Callable[[int], list[int]]]) -> None:
     """Raise if a pattern is not known by name.
 
