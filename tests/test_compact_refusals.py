@@ -89,7 +89,7 @@ def test_masks_that_do_not_fit():
     model = net()
     with pytest.raises(ValueError, match="the mask is of another model"):
         sparseft.compact_gradients(model, mask_of(nn.Linear(3, 3)))
-    with pytest.raises(ValueError, match="selects no entries"):
+    with pytest.raises(ValueError, match="neither selected entries nor dense"):
         sparseft.compact_gradients(model, Mask({}, {name: p.shape for name, p in model.named_parameters()}))
     with pytest.raises(TypeError, match="must not be wrapped yet, got DataParallel"):
         sparseft.compact_gradients(nn.DataParallel(model), mask_of(model))

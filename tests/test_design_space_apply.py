@@ -1,6 +1,7 @@
 """A space on a model: exactly the planned weights train, by each strategy's own definition."""
 
 import copy
+from contextlib import nullcontext
 
 import models
 import pytest
@@ -73,6 +74,34 @@ def test_compact_gradients_are_those_of_dense_ones(name):
         for key in found.mask.dense:
             torch.testing.assert_close(model.get_parameter(key).grad, want[key], rtol=1e-4, atol=1e-6)
             assert model.get_parameter(key).grad.abs().sum() > 0 or "key.bias" in key, key
+
+
+def test_a_space_without_selected_entries_trains_and_is_saved_like_any_other(tmp_path):
+    model = models.make("bert").eval()
+    found = apply_space(Space(("AB", "L"), "uniform"), model, 3_000, dense=HEADS["bert"], remainder="leave")
+    assert not found.mask.k
+    plain, names = copy.deepcopy(model), list(model.state_dict())
+    model.get_parameter("bert.pooler.dense.bias").requires_grad_(True)
+    for step in range(3):
+        batch = models.batch("bert", seed=step)
+        for each, context in ((model, sparseft.compact_gradients(model, found.mask)), (plain, nullcontext())):
+            with context:
+                optimizer = sparseft.SparseAdamW(found.mask.param_groups(each), lr=1e-2)
+                each(**batch).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+                assert list(copy.deepcopy(each).state_dict()) == list(each.state_dict()) == names
+                if each is model:
+                    assert {n for n, p in each.named_parameters() if p.requires_grad} == set(found.mask.dense)
+    assert model.get_parameter("bert.pooler.dense.bias").requires_grad, "leaving puts back what was frozen"
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in model.state_dict().items())
+    with sparseft.compact_gradients(model, found.mask):
+        sparseft.save_delta(model, found.mask, tmp_path / "delta.safetensors")
+    again = models.make("bert").eval()
+    attach(found.plan, again)
+    assert not torch.equal(again(**batch).logits, plain(**batch).logits)
+    sparseft.load_delta(again, tmp_path / "delta.safetensors")
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in again.state_dict().items())
 
 
 @torch.no_grad()  # kernels of attention depend on what has requires_grad

@@ -40,7 +40,8 @@ def compact_gradients(model: nn.Module, mask: Mask, *, values: bool = True) -> C
 
     Args:
         model: fp32, bf16 or fp16; already on its device, not yet wrapped by DDP or compiled.
-        mask: what trains; parameters in `mask.dense` train whole, as they would without this.
+        mask: what trains; parameters in `mask.dense` train whole, as they would without this. A mask of these
+            alone will do.
         values: whether leaves hold the values of their entries, in fp32. Without, they and their gradients have the
             parameter's dtype and leaves take no memory; only optimizers of this package train them then, and a bf16 or
             fp16 parameter wants rounding="stochastic" from these.
@@ -49,7 +50,7 @@ def compact_gradients(model: nn.Module, mask: Mask, *, values: bool = True) -> C
         RuntimeError: compact gradients of another mask are active, or with leaves of the other kind, or parameters
             share memory unexpectedly.
         TypeError: a selected parameter is of a dtype or class that is not served, as quantised ones are.
-        ValueError: the mask is of another model, or selects nothing.
+        ValueError: the mask is of another model, or nothing of it trains.
     """
     return CompactGradients(model, mask, values)
 
@@ -139,15 +140,17 @@ def _registered(compact: CompactGradients) -> Iterator[None]:
 
 
 def _check_model(model: nn.Module, mask: Mask) -> None:
-    """Raise unless the mask is the model's and selects something, and the model is not wrapped."""
+    """Raise unless the mask is the model's and something trains, and the model is not wrapped."""
     if isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)):
         raise TypeError(
             f"model must not be wrapped yet, got {type(model).__name__}; enter the context with the model inside, "
             "then wrap it"
         )
     mask.check(model)
-    if not len(mask):
-        raise ValueError("the mask selects no entries: there is nothing to compute compact gradients for")
+    if not len(mask) and not mask.dense:
+        raise ValueError(
+            "the mask has neither selected entries nor dense parameters: nothing would train; select some"
+        )
 
 
 def _check_parameters(
