@@ -49,6 +49,12 @@ def mamba(context):
     return tf.MambaForCausalLM(tf.MambaConfig(**sizes, max_position_embeddings=context))
 
 
+def mpt(context):
+    return tf.MptForCausalLM(
+        tf.MptConfig(d_model=32, n_layers=2, n_heads=4, vocab_size=VOCABULARY, max_seq_len=context)
+    )
+
+
 def bert(context):
     sizes = {**_SMALL, "vocab_size": VOCABULARY, "max_position_embeddings": context}
     return tf.BertForMaskedLM(tf.BertConfig(**sizes))
@@ -196,7 +202,7 @@ def test_logits_of_an_example_are_not_held(cache):
     assert max(tokens) <= 2 * longest < 70
 
 
-@pytest.mark.parametrize("kind", [llama, gpt2])
+@pytest.mark.parametrize("kind", [llama, gpt2, mpt])
 def test_what_is_too_long_loses_the_end_of_its_example(kind):
     """By as much as each target needs, so that a long one does not cost the others theirs."""
     model, tokenizer = make(kind, context=30), characters()
@@ -270,6 +276,9 @@ def test_an_interrupted_call_goes_on(tmp_path, monkeypatch):
         utility_kernel(model, tokenizer, pool, **options)
     with pytest.raises(ValueError, match="there is no folder"):
         utility_kernel(model, tokenizer, pool, prompts=SHORT, checkpoint=tmp_path / "none" / "rows")
+    (tmp_path / "file").write_text("notes")
+    with pytest.raises(ValueError, match=r"checkpoint must be a folder, got .*file, which is a file"):
+        utility_kernel(model, tokenizer, pool, prompts=SHORT, checkpoint=tmp_path / "file")
 
 
 def test_models_that_are_not_causal_are_refused():
@@ -318,6 +327,7 @@ def test_a_model_with_another_kind_of_state_is_read_again():
 def test_bad_samples_and_options_are_refused():
     model, tokenizer = make(llama), characters()
     for bad, error, message in (
+        (None, TypeError, r"examples must be a list of pairs .* got a NoneType$"),
         ([], ValueError, "examples must hold at least one sample"),
         ([("a", "b"), ("a", " ")], ValueError, r"empty ones at \[1\]"),
         (["ab"], TypeError, r"examples\[0\] must be a pair .* got a str$"),

@@ -24,7 +24,7 @@ class Blocks:
         identity: of what it is computed from; blocks of something else are refused.
 
     Raises:
-        ValueError: the folder holds blocks of something else, or its parent is not there.
+        ValueError: the folder holds blocks of something else, is a file, or its parent is not there.
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None, rows: int, columns: int, identity: str) -> None:
@@ -34,6 +34,10 @@ class Blocks:
         if self._folder is not None:
             if not self._folder.parent.is_dir():
                 raise ValueError(f"there is no folder {self._folder.parent} for the checkpoint; make it first")
+            if self._folder.exists() and not self._folder.is_dir():
+                raise ValueError(
+                    f"checkpoint must be a folder, got {self._folder}, which is a file; give another path"
+                )
             self._folder.mkdir(exist_ok=True)
             for path in sorted(self._folder.glob("rows-*.safetensors")):
                 self._read(path)

@@ -16,6 +16,9 @@ from sparseft.data.prompts import Target
 
 Measure = Literal["distance", "likelihood"]
 
+# what configurations call the number of tokens that a model takes; MPT has max_seq_len
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx")
+
 
 class Reader:
     """Reads prompts and responses, and measures how far the model is from the responses.
@@ -130,8 +133,8 @@ def context_length(model: nn.Module) -> float:
     config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
-    length = getattr(config, "max_position_embeddings", None)
-    return length if isinstance(length, int) and length > 0 else math.inf
+    lengths = [getattr(config, name, None) for name in _LENGTHS]
+    return next((length for length in lengths if isinstance(length, int) and length > 0), math.inf)
 
 
 def vocabulary_size(model: nn.Module) -> float:

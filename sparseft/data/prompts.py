@@ -149,9 +149,11 @@ def checked(name: str, samples: Sequence[Any]) -> list[Sample]:
     """Return samples as such.
 
     Raises:
-        TypeError: one is not a pair of texts.
+        TypeError: they are no list, or one is not a pair of texts.
         ValueError: there are none, or a response is empty.
     """
+    if not hasattr(samples, "__iter__") and not hasattr(samples, "__getitem__"):
+        raise TypeError(f"{name} must be a list of pairs (prompt, response), got {_described(samples)}")
     found = []
     for position, sample in enumerate(samples):
         if (

@@ -160,7 +160,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-# What the progressive search of the paper ended with, for T5-base and for T5-3B: its S4 spaces.
+# What the progressive search of the paper ended with, for T5-base and for T5-3B: its S4 spaces, reconstructed from
+# descriptions; there is no published code to compare them with.
 PRESETS = {
     "s4": Space(("AL", "AP", "ABP", "BLP")),
     "s4-3b": Space(("LP", "AL", "BLP", "ABP")),
