@@ -44,11 +44,11 @@ template <class T>
 using Array = py::array_t<T, py::array::c_style>;
 
 py::tuple lazy_greedy(const Array<float>& similarity, const Array<float>& floor, const Array<float>& cap,
-                      const Array<double>& bonus, int64_t budget, bool stop_at_zero) {
+                      const Array<double>& bonus, const Array<int64_t>& costs, int64_t budget, bool stop_at_zero) {
     if (similarity.ndim() != 2 || floor.size() != similarity.shape(1) || cap.size() != similarity.shape(1) ||
-        bonus.size() != similarity.shape(0)) {
+        bonus.size() != similarity.shape(0) || costs.size() != similarity.shape(0)) {
         throw std::invalid_argument(
-            "similarity must be [candidates, represented], floor and cap [represented] and bonus [candidates]");
+            "similarity must be [candidates, represented], floor and cap [represented], bonus and costs [candidates]");
     }
     const sparseft::Coverage function{similarity.data(), similarity.shape(0), similarity.shape(1),
                                       floor.data(),      cap.data(),          bonus.data()};
@@ -59,7 +59,7 @@ py::tuple lazy_greedy(const Array<float>& similarity, const Array<float>& floor,
     sparseft::Choice choice;
     {
         const py::gil_scoped_release released;
-        choice = sparseft::lazy_greedy(function, budget, stop_at_zero, heed_interrupts);
+        choice = sparseft::lazy_greedy(function, costs.data(), budget, stop_at_zero, heed_interrupts);
     }
     return py::make_tuple(choice.candidates, choice.gains, choice.evaluations);
 }
@@ -70,6 +70,7 @@ PYBIND11_MODULE(_C, m) {
     m.doc() = "Compiled ops of sparseft: C++ for the CPU, CUDA C++ where the build had nvcc.";
     m.def("build_info", &build_info, "Say what was compiled, with what: a dict, shown by `sparseft doctor`.");
     m.def("lazy_greedy", &lazy_greedy, py::arg("similarity").noconvert(), py::arg("floor").noconvert(),
-          py::arg("cap").noconvert(), py::arg("bonus").noconvert(), py::arg("budget"), py::arg("stop_at_zero"),
+          py::arg("cap").noconvert(), py::arg("bonus").noconvert(), py::arg("costs").noconvert(), py::arg("budget"),
+          py::arg("stop_at_zero"),
           "Return (candidates, gains, evaluations): what csrc/host/lazy_greedy.h says, of NumPy arrays.");
 }

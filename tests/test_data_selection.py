@@ -186,6 +186,24 @@ def test_a_stage_chooses_what_its_definition_asks_for(name, negative):
         assert found.info["budget"] == 6
 
 
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_takes_a_budget_in_tokens(name, tmp_path):
+    kernel = utilities(12, 9 if name == "query" else 12, 0)
+    other = None if name in ("instruction", "query") else utilities(4, 12, 10)
+    tokens = [2, 1, 3, 1, 2, 4, 1, 3, 2, 1, 2, 3]
+    found = STAGES[name](kernel, other, 0.8, costs=tokens)
+    value = stage_by_definition(name, kernel, other, 0.8, "shift")
+    wanted, left = [], 6  # the budget of STAGES
+    while fitting := [c for c in range(12) if c not in wanted and tokens[c] <= left]:
+        rates = {c: round((value([*wanted, c]) - value(wanted)) / tokens[c], 9) for c in fitting}
+        wanted.append(max(fitting, key=lambda c: (rates[c], -c)))
+        left -= tokens[wanted[-1]]
+    assert found.indices == wanted
+    assert found.info["cost"] == sum(tokens[c] for c in wanted) == 6 - left
+    found.save(tmp_path / "chosen.safetensors")
+    assert ChosenSamples.load(tmp_path / "chosen.safetensors").info == found.info
+
+
 def test_copies_count_again_for_a_task_and_nowhere_else():
     one, other = torch.tensor([0.9, 0.8, 0.1]), torch.tensor([0.1, 0.2, 0.7])
     with_task = torch.stack([one, one, other, one])

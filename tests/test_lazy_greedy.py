@@ -109,6 +109,77 @@ def test_lazy_greedy_is_plain_greedy(kind, candidates, samples, budget, levels, 
     assert bool((lazy.gains.diff() <= 0).all())
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", range(5))
+def test_with_costs_the_choice_is_that_of_exact_quotients(kind, seed, threads):
+    """Gains and costs are small, so that quotients in fp64 differ where exact ones do, and tie where these do."""
+    generator = torch.Generator().manual_seed(seed)
+    objective = make(kind, generator, 13, 9, levels=4)
+    costs = torch.randint(1, 8, (13,), generator=generator).tolist()
+    for budget in (min(costs), 11, 17, sum(costs)):
+        found = lazy_greedy(objective, budget, costs=costs)
+        rest, chosen = budget, []
+        while fitting := [c for c in range(13) if c not in chosen and costs[c] <= rest]:
+            before = exact_value(objective, chosen)
+            rates = {c: (exact_value(objective, [*chosen, c]) - before) / costs[c] for c in fitting}
+            best = max(fitting, key=lambda c: (rates[c], -c))
+            assert found.gains[len(chosen)] == float(rates[best] * costs[best])
+            chosen.append(best)
+            rest -= costs[best]
+        assert found.indices.tolist() == chosen
+
+
+def test_what_cannot_be_paid_for_is_passed_over():
+    objective = FacilityLocation(torch.diag(torch.tensor([10.0, 3.0, 8.0])))
+    costs = [5, 2, 4]  # of rates 2, 1.5 and 2
+    for budget, wanted in ((2, [1]), (4, [2]), (6, [0]), (8, [0, 1]), (9, [0, 2]), (10, [0, 2]), (11, [0, 2, 1])):
+        for greedy in (lazy_greedy, plain_greedy):
+            assert greedy(objective, budget, costs=costs).indices.tolist() == wanted
+
+
+@pytest.mark.parametrize("levels", [None, 3], ids=["distinct", "ties"])
+@pytest.mark.parametrize(("candidates", "samples", "budget"), [(400, 400, 9_000), (257, 31, 1.0), (33, 777, 300)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_lazy_greedy_is_plain_greedy_with_costs(kind, candidates, samples, budget, levels, threads):
+    generator = torch.Generator().manual_seed(candidates)
+    objective = make(kind, generator, candidates, samples, levels)
+    costs = torch.randint(1, 200, (candidates,), generator=generator)
+    lazy, plain = (greedy(objective, budget, costs=costs) for greedy in (lazy_greedy, plain_greedy))
+    assert torch.equal(lazy.indices, plain.indices)
+    assert torch.equal(lazy.gains, plain.gains)
+    assert len(lazy.indices) == candidates or costs[lazy.indices].sum() <= budget
+    ended = [greedy(objective, budget, costs=costs, stop_at_zero=True) for greedy in (lazy_greedy, plain_greedy)]
+    assert torch.equal(ended[0].indices, ended[1].indices)
+    assert bool((ended[0].gains > 0).all())
+
+
+def test_equal_costs_are_none():
+    objective = make("facility location", torch.Generator().manual_seed(0), 50, 20)
+    wanted = lazy_greedy(objective, 7)
+    for costs, budget in (([1] * 50, 7), (torch.full((50,), 3, dtype=torch.int32), 23), ([1] * 50, 0.14)):
+        found = lazy_greedy(objective, budget, costs=costs)
+        assert torch.equal(found.indices, wanted.indices)
+        assert torch.equal(found.gains, wanted.gains)
+
+
+@pytest.mark.parametrize(
+    ("costs", "budget", "message"),
+    [
+        ([3, 4, 5, 0], 5, "at least 1, one for each of 4 candidates, got one of 0"),
+        ([3, 4, 5], 5, r"one for each of 4 candidates, got \[3\]"),
+        ([3, 4, 5, 6.0], 5, r"costs must be whole numbers, got torch\.float32"),
+        ([True] * 4, 2, r"costs must be whole numbers, got torch\.bool"),
+        ([3, 4, 5, 6], 2, "budget must be from 3 to the 18 that all candidates cost, got 2"),
+        ([3, 4, 5, 6], 19, "budget must be from 3 to the 18 that all candidates cost, got 19"),
+        ([3, 4, 5, 6], 1.5, "budget must lie in"),
+    ],
+)
+def test_costs_that_are_none_are_refused(costs, budget, message):
+    for greedy in (lazy_greedy, plain_greedy):
+        with pytest.raises((TypeError, ValueError), match=message):
+            greedy(FacilityLocation(torch.rand(4, 3)), budget, costs=costs)
+
+
 def test_few_candidates_are_looked_at():
     """Samples around centres: after the first pass, a small part of what plain greedy evaluates."""
     generator = torch.Generator().manual_seed(0)

@@ -1,13 +1,15 @@
 // Lazy greedy (Minoux, 1978): a gain only falls as the chosen set grows, so an old gain bounds the new one, and a
 // candidate whose bound is below another's gain need not be looked at.
 //
-// That holds for the rounded sums too: each term falls, sums have one order, and rounding keeps the order of numbers.
-// So the choice is that of plain greedy with the same sums, bit for bit. The order, which sparseft/data/greedy.py
-// follows as well: term r goes to lane r % kLanes, lanes are added up by halves.
+// That holds for the rounded sums too: each term falls, sums have one order, and rounding keeps the order of numbers,
+// of quotients of a gain and its cost as well. Nor does a candidate become affordable that once was not. So the choice
+// is that of plain greedy with the same sums, bit for bit. The order, which sparseft/data/greedy.py follows as well:
+// term r goes to lane r % kLanes, lanes are added up by halves.
 #include "lazy_greedy.h"
 
 #include <algorithm>
 #include <atomic>
+#include <iterator>
 #include <limits>
 #include <sstream>
 #include <stdexcept>
@@ -54,28 +56,29 @@ SPARSEFT_SIMD bool is_similarity(const float* values, int64_t n) {
     return bad == 0;
 }
 
-// The gain of a candidate once `at` others were chosen: a bound of its gain ever after.
+// The gain of a candidate once `at` others were chosen, for each unit of its cost too: a bound of these ever after.
 struct Bound {
+    double rate;
     double gain;
     int64_t candidate;
     int64_t at;
 };
 
-// Orders a heap: the largest gain first, of equal ones the lowest candidate.
+// Orders a heap: the largest rate first, of equal ones the lowest candidate.
 bool comes_later(const Bound& left, const Bound& right) {
-    return left.gain < right.gain || (left.gain == right.gain && left.candidate > right.candidate);
+    return left.rate < right.rate || (left.rate == right.rate && left.candidate > right.candidate);
 }
 
 class Search {
   public:
-    explicit Search(const Coverage& function)
-        : function_(function), covered_(function.floor, function.floor + function.represented) {}
+    Search(const Coverage& function, const int64_t* costs)
+        : function_(function), costs_(costs), covered_(function.floor, function.floor + function.represented) {}
 
-    // Evaluate every candidate, and check its similarities on the way.
-    void start(const std::function<void()>& between) {
+    // Evaluate every candidate, check its similarities on the way, and keep those that cost no more than the budget.
+    void start(int64_t budget, const std::function<void()>& between) {
         std::vector<Bound> all;
         all.reserve(function_.candidates);
-        for (int64_t c = 0; c < function_.candidates; ++c) all.push_back({0.0, c, 0});
+        for (int64_t c = 0; c < function_.candidates; ++c) all.push_back({0.0, 0.0, c, 0});
         std::atomic<int64_t> bad{function_.candidates};
         for (int64_t first = 0; first < function_.candidates; first += kRowsBetween) {
             const int64_t last = std::min(first + kRowsBetween, function_.candidates);
@@ -87,38 +90,38 @@ class Search {
                         }
                         return;
                     }
-                    all[c].gain = gain(c);
+                    all[c] = bound(c, 0);
                 }
             });
             if (bad < function_.candidates) fail(bad);
             between();
         }
         evaluations_ = function_.candidates;
-        heap_ = std::move(all);
+        std::copy_if(all.begin(), all.end(), std::back_inserter(heap_),
+                     [&](const Bound& one) { return costs_[one.candidate] <= budget; });
         std::make_heap(heap_.begin(), heap_.end(), comes_later);
     }
 
-    // Return the best candidate there is, once `picks` were chosen.
-    Bound best(int64_t picks) {
-        for (size_t batch = kFirstBatch; heap_.front().at != picks; batch *= 2) {
+    // Return the best candidate that costs no more than `left`, once `picks` were chosen; null if there is none.
+    const Bound* best(int64_t picks, int64_t left) {
+        for (size_t batch = kFirstBatch; !heap_.empty() && heap_.front().at != picks; batch *= 2) {
             stale_.clear();
             while (!heap_.empty() && heap_.front().at != picks && stale_.size() < batch) {
                 std::pop_heap(heap_.begin(), heap_.end(), comes_later);
-                stale_.push_back(heap_.back());
+                if (costs_[heap_.back().candidate] <= left) stale_.push_back(heap_.back());
                 heap_.pop_back();
             }
             const int64_t count = static_cast<int64_t>(stale_.size());
             torch::stable::parallel_for(0, count, grain(), [&](int64_t begin, int64_t end) {
-                for (int64_t i = begin; i < end; ++i)
-                    stale_[i] = {gain(stale_[i].candidate), stale_[i].candidate, picks};
+                for (int64_t i = begin; i < end; ++i) stale_[i] = bound(stale_[i].candidate, picks);
             });
-            for (const Bound& bound : stale_) {
-                heap_.push_back(bound);
+            for (const Bound& renewed : stale_) {
+                heap_.push_back(renewed);
                 std::push_heap(heap_.begin(), heap_.end(), comes_later);
             }
             evaluations_ += count;
         }
-        return heap_.front();
+        return heap_.empty() ? nullptr : &heap_.front();
     }
 
     // Add the candidate that `best` returned.
@@ -138,9 +141,10 @@ class Search {
 
     int64_t grain() const { return std::max<int64_t>(1, kShare / std::max<int64_t>(1, function_.represented)); }
 
-    double gain(int64_t candidate) const {
-        return covered_more(row(candidate), function_.cap, covered_.data(), function_.represented) +
-               function_.bonus[candidate];
+    Bound bound(int64_t candidate, int64_t picks) const {
+        const double gain = covered_more(row(candidate), function_.cap, covered_.data(), function_.represented) +
+                            function_.bonus[candidate];
+        return {gain / static_cast<double>(costs_[candidate]), gain, candidate, picks};
     }
 
     [[noreturn]] void fail(int64_t candidate) const {
@@ -154,6 +158,7 @@ class Search {
     }
 
     const Coverage& function_;
+    const int64_t* costs_;
     std::vector<float> covered_;
     std::vector<Bound> heap_, stale_;
     int64_t evaluations_ = 0;
@@ -161,21 +166,18 @@ class Search {
 
 }  // namespace
 
-Choice lazy_greedy(const Coverage& function, int64_t budget, bool stop_at_zero, const std::function<void()>& between) {
-    if (budget < 0 || budget > function.candidates) {
-        std::ostringstream message;
-        message << "budget must be from 0 to the number of candidates, " << function.candidates << ", got " << budget;
-        throw std::invalid_argument(message.str());
-    }
-    Search search(function);
-    search.start(between);
+Choice lazy_greedy(const Coverage& function, const int64_t* costs, int64_t budget, bool stop_at_zero,
+                   const std::function<void()>& between) {
+    Search search(function, costs);
+    search.start(budget, between);
     Choice choice{};
-    for (int64_t picks = 0; picks < budget; ++picks) {
-        const Bound best = search.best(picks);
-        if (stop_at_zero && !(best.gain > 0.0)) break;
-        search.choose(best.candidate);
-        choice.candidates.push_back(best.candidate);
-        choice.gains.push_back(best.gain);
+    for (int64_t picks = 0, left = budget;; ++picks) {
+        const Bound* const best = search.best(picks, left);
+        if (best == nullptr || (stop_at_zero && !(best->gain > 0.0))) break;
+        left -= costs[best->candidate];
+        choice.candidates.push_back(best->candidate);
+        choice.gains.push_back(best->gain);
+        search.choose(best->candidate);
         if (picks % kPicksBetween == 0) between();
     }
     choice.evaluations = search.evaluations();

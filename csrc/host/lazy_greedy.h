@@ -22,9 +22,11 @@ struct Choice {
     int64_t evaluations;              // of gains; greedy without bounds makes some candidates * budget of them
 };
 
-// Choose `budget` candidates one by one, each the one of largest gain, the lowest of those that tie. What is chosen
-// depends on neither threads nor vector units. `stop_at_zero` ends where nothing gains any more. `between` is called
-// now and then, from the calling thread, and may throw.
-Choice lazy_greedy(const Coverage& function, int64_t budget, bool stop_at_zero, const std::function<void()>& between);
+// Choose candidates one by one, each the one of largest gain / cost among those that cost no more than what the others
+// left of the budget, the lowest of those that tie, until none is left. `costs` [candidates] are at least 1; if all
+// are, the budget is a count. What is chosen depends on neither threads nor vector units. `stop_at_zero` ends where
+// nothing gains any more. `between` is called now and then, from the calling thread, and may throw.
+Choice lazy_greedy(const Coverage& function, const int64_t* costs, int64_t budget, bool stop_at_zero,
+                   const std::function<void()>& between);
 
 }  // namespace sparseft

@@ -40,7 +40,7 @@ class Reason(NamedTuple):
 
 @dataclass(frozen=True, eq=False, repr=False)
 class ChosenSamples:
-    """Samples of a pool, in the order in which they were chosen: the first k are the choice for a budget of k.
+    """Samples of a pool, in the order in which they were chosen: the first k are the choice for k, if none has a cost.
 
     Attributes:
         indices: their positions in the pool, plain numbers: `torch.utils.data.Subset(pool, chosen.indices)`.
@@ -48,7 +48,7 @@ class ChosenSamples:
         value: of the objective for all of them.
         reasons: one each.
         represented_by: int64 [samples], which place in `indices` stands for each sample; -1 if none does.
-        info: how they were chosen, plain values.
+        info: how they were chosen, plain values; with costs also "cost", what all of them do together.
     """
 
     indices: list[int]

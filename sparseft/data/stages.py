@@ -6,6 +6,7 @@ the paper's, `embedding_kernel` or `fisher_kernel`. Source: arXiv 2411.04425.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 import torch
@@ -27,13 +28,20 @@ Negative = Literal["shift", "clip"]
 
 
 def instruction_tuning(
-    kernel: Tensor, budget: int | float, *, negative: Negative = "shift", stop_at_zero: bool = False
+    kernel: Tensor,
+    budget: int | float,
+    *,
+    costs: Sequence[int] | Tensor | None = None,
+    negative: Negative = "shift",
+    stop_at_zero: bool = False,
 ) -> ChosenSamples:
     """Choose samples that stand for all: facility location.
 
     Args:
         kernel: fp32 [pool, pool].
-        budget: how many samples to choose, or a float in (0, 1], their share.
+        budget: how many samples to choose, or a float in (0, 1], their share; with costs, the most that they may cost.
+        costs: of each sample of the pool, in whole numbers, as the tokens of its prompt and response. Samples are then
+            chosen by their gain for each, see `lazy_greedy`.
         negative: what becomes of negative entries, see `nonnegative`.
         stop_at_zero: choose fewer where no sample adds anything more.
 
@@ -44,7 +52,7 @@ def instruction_tuning(
     _check_pool(kernel, "a kernel [pool, task] goes to task_specific")
     (similarity,) = _similarities(negative, kernel=kernel)
     options = {"negative": negative, "stop_at_zero": stop_at_zero}
-    return _chosen("instruction_tuning", FacilityLocation(similarity), kernel, budget, options)
+    return _chosen("instruction_tuning", FacilityLocation(similarity), kernel, budget, costs, options)
 
 
 def task_specific(
@@ -53,6 +61,7 @@ def task_specific(
     *,
     query: Tensor | None = None,
     eta: float = 1.0,
+    costs: Sequence[int] | Tensor | None = None,
     negative: Negative = "shift",
     stop_at_zero: bool = False,
 ) -> ChosenSamples:
@@ -70,6 +79,7 @@ def task_specific(
         query: fp32 [task, pool].
         eta: over queries, the weight of being like the task whatever else is chosen; over the pool, how far samples
             may count that are more like a chosen one than like the task.
+        costs: as for `instruction_tuning`.
         negative: as for `instruction_tuning`; both kernels are shifted by the same.
         stop_at_zero: as for `instruction_tuning`.
 
@@ -81,11 +91,11 @@ def task_specific(
     if query is None:
         _check_matrix("kernel", kernel, "[pool, task]")
         (similarity,) = _similarities(negative, kernel=kernel)
-        return _chosen("task_specific", QueryMutualInformation(similarity, eta), kernel, budget, options)
+        return _chosen("task_specific", QueryMutualInformation(similarity, eta), kernel, budget, costs, options)
     _check_pool(kernel, "a kernel [pool, task] is used without query")
     _check_beside("query", query, kernel, "[task, pool]", "; a task without samples says nothing")
     similarity, other = _similarities(negative, kernel=kernel, query=query)
-    return _chosen("task_specific", PoolMutualInformation(similarity, other, eta), kernel, budget, options)
+    return _chosen("task_specific", PoolMutualInformation(similarity, other, eta), kernel, budget, costs, options)
 
 
 def continual(
@@ -94,6 +104,7 @@ def continual(
     *,
     known: Tensor,
     nu: float = 1.0,
+    costs: Sequence[int] | Tensor | None = None,
     negative: Negative = "shift",
     stop_at_zero: bool = False,
 ) -> ChosenSamples:
@@ -104,6 +115,7 @@ def continual(
         budget: as for `instruction_tuning`.
         known: fp32 [earlier samples, pool], how much these help with each of the pool.
         nu: how strictly to keep away from what the earlier samples stand for.
+        costs: as for `instruction_tuning`.
         negative: as for `instruction_tuning`; both kernels are shifted by the same.
         stop_at_zero: as for `instruction_tuning`.
 
@@ -115,7 +127,7 @@ def continual(
     _check_beside("known", known, kernel, "[earlier samples, pool]", "; use instruction_tuning if there are none")
     similarity, other = _similarities(negative, kernel=kernel, known=known)
     options = {"negative": negative, "stop_at_zero": stop_at_zero, "nu": nu}
-    return _chosen("continual", ConditionalGain(similarity, other, nu), kernel, budget, options)
+    return _chosen("continual", ConditionalGain(similarity, other, nu), kernel, budget, costs, options)
 
 
 def _check_matrix(name: str, kernel: Tensor, shape: str, empty: str = "") -> None:
@@ -162,9 +174,16 @@ def _similarities(negative: Negative, **kernels: Tensor) -> list[Tensor]:
 
 
 def _chosen(
-    stage: str, objective: Objective, kernel: Tensor, budget: int | float, options: dict[str, Any]
+    stage: str,
+    objective: Objective,
+    kernel: Tensor,
+    budget: int | float,
+    costs: Sequence[int] | Tensor | None,
+    options: dict[str, Any],
 ) -> ChosenSamples:
-    found = lazy_greedy(objective, budget, stop_at_zero=options["stop_at_zero"])
+    found = lazy_greedy(objective, budget, costs=costs, stop_at_zero=options["stop_at_zero"])
     info = {"stage": stage, "objective": type(objective).__name__, "budget": budget, **options}
+    if costs is not None:
+        info["cost"] = sum(int(costs[index]) for index in found.indices.tolist())
     owner, worth = owners(objective.coverage(), found.indices)
     return ChosenSamples.made(found, owner, worth, kernel, objective.value(found.indices), info)
