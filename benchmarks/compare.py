@@ -12,7 +12,6 @@ results/compare-MACHINE.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import time
@@ -26,7 +25,7 @@ import torch
 import ways
 from tqdm import tqdm
 
-from sparseft.integrations import encoding, evaluation, examples, models, training
+from sparseft.integrations import encoding, evaluation, examples, models, rows, training
 
 TASKS = ("trec6", "rte")
 CASE = ("task", "way", "seed", "density", "epochs", "batch_size", "max_length", "samples", "bf16", "lr", "head_lr")
@@ -34,7 +33,7 @@ CASE = ("task", "way", "seed", "density", "epochs", "batch_size", "max_length", 
 
 def prepare(task: str, seed: int, options: argparse.Namespace) -> ways.Task:
     """Read and encode the rows of a task."""
-    train, dev = (_rows(options.data / task / f"{split}.jsonl") for split in ("train", "dev"))
+    train, dev = (rows.read(options.data / task / f"{split}.jsonl") for split in ("train", "dev"))
     splits = examples.prepare(train, dev)
     loaded = models.load(models.minilm(), splits, seed=seed)
     encoded = encoding.encode(splits, loaded.tokenizer, options.max_length)
@@ -76,7 +75,7 @@ def changed(parameters: Iterable[torch.nn.Parameter], before: dict[int, torch.Te
 
 def run_all(options: argparse.Namespace, path: Path) -> None:
     """Run what is not in the file yet, and add each row as soon as it is there."""
-    done = {tuple(row[name] for name in CASE) for row in read(path)}
+    done = {tuple(row[name] for name in CASE) for row in provenance.read(path)}
     wanted = [
         (task, way, seed)
         for seed, task, way in itertools.product(options.seeds, options.tasks, options.ways)
@@ -89,18 +88,6 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
         row = {**case(task, way, seed, options), **run(prepared[task, seed], way)}
         provenance.append(path, [{**row, **provenance.stamp()}])
         tqdm.write(json.dumps(row))
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows of a file; none if it is not there."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def main() -> None:
@@ -120,7 +107,7 @@ def main() -> None:
     options = parser.parse_args()
     path = provenance.RESULTS / f"compare-{options.machine}.csv"
     if options.table:
-        print(compare_table.table(read(path)))
+        print(compare_table.table(provenance.read(path)))
         return
     if options.data is None:
         parser.error("--data must name the folder of the tasks")

@@ -15,7 +15,6 @@ the sample score keep: rows of results/ird-samples-MACHINE.csv.
 from __future__ import annotations
 
 import argparse
-import csv
 import itertools
 import json
 import random
@@ -30,7 +29,7 @@ import ird_table
 import provenance
 import torch
 
-from sparseft.integrations import encoding, examples, models, training
+from sparseft.integrations import encoding, examples, models, rows, training
 from sparseft.mask import Mask
 from sparseft.selection import IRDPath, ird_search, select
 from sparseft.selection.ird.ranking import halved
@@ -57,7 +56,7 @@ class Bench:
     def __init__(self, task: str, seed: int, options: argparse.Namespace) -> None:
         self.task, self.seed, self.options = task, seed, options
         folder = options.data / task
-        train, dev = (_rows(folder / name) for name in (TRAIN_FILES[task], "dev.jsonl"))
+        train, dev = (rows.read(folder / name) for name in (TRAIN_FILES[task], "dev.jsonl"))
         train = random.Random(seed).sample(train, min(len(train), options.train_rows))
         dev = random.Random(0).sample(dev, min(len(dev), options.dev_rows))
         self.splits = examples.prepare(train, dev)
@@ -188,7 +187,7 @@ def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, float]]:
 def run_all(options: argparse.Namespace, path: Path) -> None:
     """Run what is not in the file yet, and add each row as soon as it is there."""
     for seed, task in itertools.product(options.seeds, options.tasks):
-        done = {tuple(row[name] for name in CASE) for row in read(path)}
+        done = {tuple(row[name] for name in CASE) for row in provenance.read(path)}
         bench = None
         for method, samples, density in cells(options):
             values = (task, method, samples, density, seed, options.train_rows, options.max_length)
@@ -206,26 +205,14 @@ def choose_all(options: argparse.Namespace, path: Path) -> None:
         bench = Bench(task, seed, options)
         for samples, density in itertools.product(options.samples, options.densities):
             plain, _ = bench.mask("ird", samples, density)
-            rows = []
+            found = []
             for method, search in SEARCHES.items():
                 if search is not None:
                     mask, chosen = bench.mask(method, samples, density)
                     overlap = {"overlap_with_ird": round(mask.overlap(plain), 3)}
-                    rows.append({**bench.case(method, samples, density), **bench.kept(chosen), **overlap})
-                    print(json.dumps(rows[-1]), flush=True)
-            provenance.append(path, [{**row, **provenance.stamp()} for row in rows])
-
-
-def read(path: Path) -> list[dict[str, str]]:
-    """Return the rows there are."""
-    if not path.exists():
-        return []
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+                    found.append({**bench.case(method, samples, density), **bench.kept(chosen), **overlap})
+                    print(json.dumps(found[-1]), flush=True)
+            provenance.append(path, [{**row, **provenance.stamp()} for row in found])
 
 
 def main() -> None:
@@ -251,10 +238,10 @@ def main() -> None:
     options = parser.parse_args()
     path = options.results / f"ird-{options.machine}.csv"
     if options.table:
-        rows = read(path)
-        if not rows:
+        found = provenance.read(path)
+        if not found:
             sys.exit(f"{path} has no rows; run without --table first")
-        print(ird_table.table(rows, list(SEARCHES)))
+        print(ird_table.table(found, list(SEARCHES)))
         return
     if options.data is None:
         parser.error("--data is missing: the folder that holds the tasks' folders")

@@ -51,6 +51,14 @@ def append(path: Path, rows: list[dict[str, Any]]) -> None:
         writer.writerows(rows)
 
 
+def read(path: Path) -> list[dict[str, str]]:
+    """Return the rows of a CSV file; none if it is not there."""
+    if not path.exists():
+        return []
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
 def processor() -> str:
     """Return the name of the CPU."""
     path = Path("/proc/cpuinfo")

@@ -7,7 +7,6 @@ cannot be left out of it.
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 import statistics
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import compare_table
 import ird_table
+import provenance
 import record
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -115,7 +115,7 @@ def demo(folder: Path) -> str:
     """Return the newest run of the demo, a line a method."""
     blocks = []
     for file in sorted(folder.glob("demo-*.csv")):
-        rows = _rows(file)
+        rows = provenance.read(file)
         run = [row for row in rows if (row["commit"], row["date"]) == (rows[-1]["commit"], rows[-1]["date"])]
         seeds: dict[str, dict[str, Row]] = {}
         for row in run:
@@ -157,7 +157,7 @@ def ird(folder: Path) -> str:
     blocks = []
     for file in sorted(folder.glob("ird-*.csv")):
         if "samples" not in file.name:
-            rows = _rows(file)
+            rows = provenance.read(file)
             seen = ", ".join(dict.fromkeys(f"{row['device']}; torch {row['torch']}" for row in rows))
             dates = sorted({row["date"] for row in rows})
             heading = f"{len(rows)} runs, measured on {seen}; {dates[0]} to {dates[-1]}:"
@@ -169,7 +169,7 @@ def comparison(folder: Path) -> str:
     """Return what the rows of compare.py say, a table a machine."""
     blocks = []
     for file in sorted(folder.glob("compare-*.csv")):
-        rows = _rows(file)
+        rows = provenance.read(file)
         seen = ", ".join(dict.fromkeys(row["device"] for row in rows))
         versions = f"torch {rows[-1]['torch']}, transformers {rows[-1]['transformers']}"
         heading = f"{len(rows)} runs on {seen}; {versions}; until {max(row['date'] for row in rows)}:"
@@ -184,11 +184,6 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "ird": ird,
     "comparison": comparison,
 }
-
-
-def _rows(path: Path) -> list[Row]:
-    with path.open(newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def filled(page: str, results: Path) -> str:
