@@ -336,7 +336,8 @@ def test_evaluation_has_gates_without_a_draw_and_closing_ends_them():
     torch.testing.assert_close(model.eval()(x), functional_call(net(), gated, (x,)))
     assert not torch.equal(model.train()(x), model.eval()(x))
     assert [name for name, _ in model.named_parameters()] == [name for name, _ in net().named_parameters()]
-    schedule.close()
+    with pytest.warns(match="ended after 3 steps, before its choice at step 5"):
+        schedule.close()
     assert torch.equal(model(x), functional_call(net(), dict(model.named_parameters()), (x,)))
 
 
@@ -470,6 +471,13 @@ def test_options_that_make_no_sense_are_refused_and_the_optimizer_stays_free(opt
     with pytest.raises(ValueError, match=message):
         DiffPruning(model, optimizer, **{"density": 0.1, "steps": 2, "penalty": PENALTY, **options})
     DiffPruning(model, optimizer, 0.1, 2)
+
+
+@pytest.mark.parametrize("steps", [2.5, 2.0, "2", True])
+def test_steps_are_a_whole_number(steps):
+    model = net()
+    with pytest.raises(TypeError, match="steps must be a whole number, got"):
+        DiffPruning(model, sparseft.SparseAdamW(model.parameters()), 0.1, steps)
 
 
 def test_a_state_of_other_options_is_refused():

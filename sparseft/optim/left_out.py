@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from sparseft.mask import Mask
 from sparseft.optim.mask_change import Move
 from sparseft.optim.parameters import unpacked
-from sparseft.optim.states import carried_state, fill_state
+from sparseft.optim.states import carried_state, fill_state, make_state
 
 if TYPE_CHECKING:
     from sparseft.optim.base import SparseOptimizer
@@ -44,6 +44,18 @@ def return_states(optimizer: SparseOptimizer, kept: LeftOut, model: nn.Module) -
                 fill_state(optimizer.state[parameter], state, names, Move.between(index, left).source)
             else:
                 optimizer.state[parameter] = carried_state(state, names, parameter, index, Move.between(left, index))
+
+
+@torch.no_grad()
+def new_state(optimizer: SparseOptimizer, parameter: Tensor, index: Tensor) -> dict[str, Any]:
+    """Return the state that some entries of a parameter begin with, made as all that is left out is.
+
+    index: int32 or int64 [k], positions.
+    """
+    group = next(g for g in optimizer.param_groups if any(param is parameter for param in g["params"]))
+    state: dict[str, Any] = {}
+    make_state(state, group, optimizer._state_names(group), parameter, index)
+    return state
 
 
 def _trained(

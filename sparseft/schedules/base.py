@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +16,7 @@ from sparseft.index_lists import count
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.clipping import gradient_norm
-from sparseft.schedules.masks import mask_from_state, mask_state
+from sparseft.schedules.states import ANY, check_counts, check_parts, mask_from_state, mask_state
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -69,10 +70,12 @@ class Schedule:
         _scheduled.add(optimizer)
 
     def close(self) -> None:
-        """Stop watching: the optimizer goes on with the mask that it has."""
-        for handle in self._handles:
-            handle.remove()
-        _scheduled.discard(self.optimizer)
+        """Stop watching: the optimizer goes on with the mask that it has.
+
+        It warns of a run that ends before the choice that it was to come to, as leaving the context does.
+        """
+        self._warn_of_no_choice()
+        self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -80,7 +83,9 @@ class Schedule:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None:
+            self._warn_of_no_choice()
+        self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows, in tensors, numbers and names: references, as an optimizer's has them."""
@@ -95,27 +100,48 @@ class Schedule:
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
+        check_parts("", state, dict.fromkeys(self.state_dict(), ANY))
         if state["options"] != self._options():
             raise ValueError(
                 f"the state must be of a {type(self).__name__} with {self._options()}, got {state['options']}; make "
                 "the schedule with the options of the saved one"
             )
-        mask = mask_from_state(state["mask"])
-        if (mask.shapes, mask.dense) != (self.mask.shapes, self.mask.dense):
-            raise ValueError(
-                f"the state must be of a {type(self).__name__} that chooses from the same parameters, got one that "
-                f"chooses from {_some(mask.shapes)} and trains {_some(mask.dense)} whole, in place of "
-                f"{_some(self.mask.shapes)} and {_some(self.mask.dense)}; make the schedule with the model, include "
-                "and dense of the saved one"
-            )
+        check_counts(state)
+        mask = mask_from_state(state["mask"], self.mask)
+        self._check_state(state, mask)
         self._set_mask(mask)
         self.steps, self.skipped = state["steps"], state["skipped"]
 
     def _options(self) -> dict[str, Any]:
         """Return the options that a state must agree with, as plain values."""
         raise NotImplementedError
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        """Raise unless the parts of a state that a schedule adds are whole. mask: the state's."""
+
+    def _awaited(self) -> tuple[int, str] | None:
+        """Return the step whose choice a run must not end before, and the option that says so; None where none is."""
+        return None
+
+    def _warn_of_no_choice(self) -> None:
+        step, option = self._awaited() or (0, "")
+        if self._handles and 0 < self.steps < step:
+            warnings.warn(
+                f"{type(self).__name__} ended after {self.steps:,} steps, before its choice at step {step:,}: "
+                f"{self.mask.k:,} of {self.mask.n:,} entries train, and a delta would hold these; train for longer, "
+                f"or have it choose after fewer steps ({option})",
+                stacklevel=3,
+            )
+
+    def _stop(self) -> None:
+        """Stop watching."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        _scheduled.discard(self.optimizer)
 
     def _before_step(self) -> None:
         """Do what there is to do before a step that counts, with its gradients, and weights that are not changed."""
@@ -214,8 +240,3 @@ class Schedule:
             del self.optimizer.found_inf  # type: ignore[attr-defined]
         else:
             self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
-
-
-def _some(names: Collection[str]) -> str:
-    """Return the number of names, and the first of them."""
-    return f"{len(names)} ({', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''})"

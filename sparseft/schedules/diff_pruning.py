@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
-from sparseft.schedules.gates import Gates, HardConcrete
+from sparseft.schedules.gates import Gates, HardConcrete, shapes_of_gates
 from sparseft.schedules.masks import ranked, whole_mask
+from sparseft.schedules.states import check_parts
 from sparseft.schedules.substitution import Substitution
+from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
 from sparseft.selection.top_k import check_density
 
@@ -54,6 +56,7 @@ class DiffPruning(Schedule):
         seed: of the draws.
 
     Raises:
+        TypeError: steps is not a whole number.
         ValueError: an option is out of range, a pattern matches nothing, or the optimizer does not train whole
             parameters of the model.
 
@@ -82,6 +85,7 @@ class DiffPruning(Schedule):
     ) -> None:
         check_density(density)
         check_groups(scope, None, None, None, counted=True)
+        check_whole("steps", steps)
         if steps < 1:
             raise ValueError(f"gates must learn for at least one step before the choice, got {steps}")
         if penalty < 0 or gate_lr <= 0:
@@ -110,11 +114,6 @@ class DiffPruning(Schedule):
         """How many entries would differ, in the mean over draws; after the choice, how many may."""
         return float(self.mask.k) if self._gates is None else self._gates.expected()
 
-    def close(self) -> None:
-        """Stop watching: the optimizer goes on with the mask that it has, and modules compute with their weights."""
-        super().close()
-        self._substitution.close()
-
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows; until the choice, pretrained weights and gates are part of it."""
         gates = None if self._gates is None else self._gates.state_dict()
@@ -124,17 +123,29 @@ class DiffPruning(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options are others, or the mask is of another model; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
         weights = self._weights()
-        self._pretrained = {
-            name: saved.to(weights[name].device, copy=True) for name, saved in state["pretrained"].items()
-        }
+        self._pretrained = {name: saved.to(weights[name], copy=True) for name, saved in state["pretrained"].items()}
         self._gates = None
         if state["gates"] is not None:
             self._gates = self._new_gates()
             self._gates.load_state_dict(state["gates"])
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        learning = state["steps"] < self.gate_steps
+        check_parts("pretrained", state["pretrained"], mask.shapes if learning else {})
+        structured, steps = self._gate_options["structured"], state["steps"]
+        check_parts("gates", state["gates"], shapes_of_gates(mask.shapes, structured, steps) if learning else None)
+
+    def _awaited(self) -> tuple[int, str] | None:
+        return self.gate_steps, "steps="
+
+    def _stop(self) -> None:
+        super()._stop()
+        self._substitution.close()
 
     def _options(self) -> dict[str, Any]:
         stretch = [self._distribution.low, self._distribution.high]

@@ -13,6 +13,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, ranked, whole_mask
+from sparseft.schedules.states import check_left_out, check_parts
 from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
 from sparseft.selection.top_k import check_density
@@ -79,7 +80,7 @@ class DPS(Schedule):
     @property
     def stage(self) -> int:
         """The stage that the next step is of: 1 or 2."""
-        return 1 if self.steps % sum(self.stage_steps) < self.stage_steps[0] else 2
+        return self._stage_at(self.steps)
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows: where it is, scores, and the states that are kept for stage one."""
@@ -89,7 +90,8 @@ class DPS(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
         parameters = dict(self.model.named_parameters())
@@ -98,6 +100,17 @@ class DPS(Schedule):
             name: (left.to(parameters[name].device, copy=True), _copied(kept, parameters[name].device))
             for name, (left, kept) in state["left_out"].items()
         }
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        in_stage_one = self._stage_at(state["steps"]) == 1
+        check_parts("scores", state["scores"], mask.shapes if in_stage_one else {})
+        check_left_out(state["left_out"], mask, self.optimizer, self.model)
+
+    def _awaited(self) -> tuple[int, str] | None:
+        return self.stage_steps[0], "stage_steps= or total_steps="
+
+    def _stage_at(self, steps: int) -> int:
+        return 1 if steps % sum(self.stage_steps) < self.stage_steps[0] else 2
 
     def _options(self) -> dict[str, Any]:
         return {"density": self.density, "stage_steps": list(self.stage_steps), "scope": self.scope}

@@ -12,6 +12,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.dps import DPS
 from sparseft.schedules.masks import linear_weights
 from sparseft.schedules.mixing import Mixing
+from sparseft.schedules.states import check_parts, shapes
 
 
 class DPSMix(DPS):
@@ -56,15 +57,9 @@ class DPSMix(DPS):
         try:
             self._mixing = Mixing(model, self._inputs(), 1 - density if mix is None else mix, seed, self._mixed_step)
         except (TypeError, ValueError):
-            self.close()
+            self._stop()
             raise
         self._frequency = self._no_frequency()
-
-    def close(self) -> None:
-        """Stop watching and mixing: the optimizer goes on with the mask that it has."""
-        super().close()
-        if hasattr(self, "_mixing"):
-            self._mixing.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows; the pretrained weights are part of it."""
@@ -74,12 +69,23 @@ class DPSMix(DPS):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
         for own, saved in ((self._frequency, "frequency"), (self._mixing.pretrained, "pretrained")):
             for name, values in own.items():
                 values.copy_(state[saved][name])
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        super()._check_state(state, mask)
+        check_parts("frequency", state["frequency"], shapes(self._frequency))
+        check_parts("pretrained", state["pretrained"], shapes(self._mixing.pretrained))
+
+    def _stop(self) -> None:
+        super()._stop()
+        if hasattr(self, "_mixing"):
+            self._mixing.close()
 
     def _options(self) -> dict[str, Any]:
         mixing = {"mix": self._mixing.p, "seed": self._mixing.seed, "frequency_penalty": self.frequency_penalty}

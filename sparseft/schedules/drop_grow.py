@@ -13,6 +13,7 @@ from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.mask_change import Move
 from sparseft.schedules.base import Schedule
+from sparseft.schedules.states import check_parts, shapes
 from sparseft.selection.arguments import check_whole
 
 
@@ -73,12 +74,17 @@ class DropGrow(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
-        self._pretrained = {
-            name: saved.to(self._flat(name).device, copy=True) for name, saved in state["pretrained"].items()
-        }
+        self._pretrained = {name: saved.to(self._flat(name), copy=True) for name, saved in state["pretrained"].items()}
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        check_parts("pretrained", state["pretrained"], shapes(mask))
+
+    def _awaited(self) -> tuple[int, str] | None:
+        return self.every, "every="
 
     def _options(self) -> dict[str, Any]:
         return {"every": self.every, "fraction": self.fraction, "until": self.until}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -140,14 +140,14 @@ class Gates:
         self._optimizer.zero_grad()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return log-alphas, and the state of Adam."""
-        return {"entries": self.entries, "tensors": self.tensors, "optimizer": self._optimizer.state_dict()}
+        """Return log-alphas, and what Adam knows of each, by place."""
+        return {"entries": self.entries, "tensors": self.tensors, "adam": self._optimizer.state_dict()["state"]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take the state of gates of the same tensors."""
         for own, saved in self._pairs(state):
             own.copy_(saved)
-        self._optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
+        self._optimizer.load_state_dict({**self._optimizer.state_dict(), "state": copy.deepcopy(state["adam"])})
 
     def _pairs(self, state: Mapping[str, Any]) -> Iterator[tuple[Tensor, Tensor]]:
         for own, saved in ((self.entries, state["entries"]), (self.tensors, state["tensors"])):
@@ -162,3 +162,11 @@ class Gates:
         """Return the probability of each entry that its gate is not 0."""
         entries = self.distribution.probability(self.entries[name])
         return entries * self.distribution.probability(self.tensors[name]) if self.tensors else entries
+
+
+def shapes_of_gates(shapes: Mapping[str, Sequence[int]], structured: bool, steps: int) -> dict[str, Any]:
+    """Return the shapes of what `Gates.state_dict` has after some steps, of parameters of these shapes."""
+    tensors: dict[str, Sequence[int]] = dict.fromkeys(shapes, ()) if structured else {}
+    learned = [*shapes.values(), *tensors.values()] if steps else []
+    adam = {place: {"step": (), "exp_avg": shape, "exp_avg_sq": shape} for place, shape in enumerate(learned)}
+    return {"entries": shapes, "tensors": tensors, "adam": adam}

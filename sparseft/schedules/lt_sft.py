@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from sparseft.mask import Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
-from sparseft.schedules.masks import mask_from_state, mask_state, ranked, whole_mask
+from sparseft.schedules.masks import ranked, whole_mask
+from sparseft.schedules.states import check_parts, mask_from_state, mask_state, shapes
 from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
 from sparseft.selection.top_k import check_density, count_at
@@ -84,12 +85,12 @@ class LTSFT(Schedule):
     @property
     def round(self) -> int:
         """The round that the next step is of, from 0 on."""
-        return min(self.steps // (self.full_steps + (self.sparse_steps or 0)), self.rounds - 1)
+        return self._place(self.steps)[0]
 
     @property
     def chosen(self) -> bool:
         """Whether the next step is one of chosen entries alone."""
-        return self._steps_of_round() >= self.full_steps
+        return self._place(self.steps)[1] >= self.full_steps
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows; until the last choice, the weights to rewind to are part of it."""
@@ -100,12 +101,24 @@ class LTSFT(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
         weights = self._weights()
-        self._start = {name: saved.to(weights[name].device, copy=True) for name, saved in state["start"].items()}
-        self._chosen = None if state["chosen"] is None else mask_from_state(state["chosen"])
+        self._start = {name: saved.to(weights[name], copy=True) for name, saved in state["start"].items()}
+        self._chosen = None if state["chosen"] is None else mask_from_state(state["chosen"], self._whole)
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        its_round, steps = self._place(state["steps"])
+        check_parts("start", state["start"], {} if steps >= self.full_steps else shapes(self._weights()))
+        if its_round == 0 and steps < self.full_steps:
+            check_parts("chosen", state["chosen"], None)
+        else:
+            mask_from_state(state["chosen"], self._whole)
+
+    def _awaited(self) -> tuple[int, str] | None:
+        return self.steps - self._place(self.steps)[1] + self.full_steps, "steps="
 
     def _options(self) -> dict[str, Any]:
         return {
@@ -116,8 +129,11 @@ class LTSFT(Schedule):
             "scope": self.scope,
         }
 
-    def _steps_of_round(self) -> int:
-        return self.steps - self.round * (self.full_steps + (self.sparse_steps or 0))
+    def _place(self, steps: int) -> tuple[int, int]:
+        """Return which round comes after a number of steps, and how many of them were its own."""
+        of_round = self.full_steps + (self.sparse_steps or 0)
+        its_round = min(steps // of_round, self.rounds - 1)
+        return its_round, steps - its_round * of_round
 
     def _weights(self) -> dict[str, Tensor]:
         parameters = dict(self.model.named_parameters())
@@ -128,7 +144,7 @@ class LTSFT(Schedule):
 
     @torch.no_grad()
     def _after_step(self) -> None:
-        place = self._steps_of_round()
+        _, place = self._place(self.steps)
         if place == self.full_steps:
             self._rewind(self._choose())
         elif place == 0:

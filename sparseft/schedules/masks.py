@@ -1,4 +1,4 @@
-"""The masks that schedules begin with, and masks as parts of a state."""
+"""The masks that schedules begin with, and those that they choose."""
 
 from __future__ import annotations
 
@@ -81,13 +81,3 @@ def linear_weights(model: nn.Module) -> dict[str, int]:
         if parameter.dim() == 2 and kinds in ({nn.Linear}, {"Conv1D"}):
             found[name] = 1 if kinds == {nn.Linear} else 0
     return found
-
-
-def mask_state(mask: Mask) -> dict[str, Any]:
-    """Return a mask as tensors and plain values."""
-    return {"indices": {name: mask.index_list(name) for name in mask}, **mask.header()}
-
-
-def mask_from_state(state: dict[str, Any]) -> Mask:
-    """Return the mask that `mask_state` was made of."""
-    return Mask(**state)

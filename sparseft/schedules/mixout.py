@@ -12,6 +12,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, whole_mask
 from sparseft.schedules.mixing import Mixing
+from sparseft.schedules.states import check_parts, shapes
 
 
 class Mixout(Schedule):
@@ -55,14 +56,8 @@ class Mixout(Schedule):
         try:
             self._mixing = Mixing(model, dict.fromkeys(inputs), p, seed, lambda: self.steps)
         except (TypeError, ValueError):
-            self.close()
+            self._stop()
             raise
-
-    def close(self) -> None:
-        """Stop watching and mixing."""
-        super().close()
-        if hasattr(self, "_mixing"):
-            self._mixing.close()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows; the pretrained weights are part of it."""
@@ -72,11 +67,20 @@ class Mixout(Schedule):
         """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
 
         Raises:
-            ValueError: the options or the parameters to choose from are others; nothing was changed.
+            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
+                changed.
         """
         super().load_state_dict(state)
         for name, values in self._mixing.pretrained.items():
             values.copy_(state["pretrained"][name])
+
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        check_parts("pretrained", state["pretrained"], shapes(self._mixing.pretrained))
+
+    def _stop(self) -> None:
+        super()._stop()
+        if hasattr(self, "_mixing"):
+            self._mixing.close()
 
     def _options(self) -> dict[str, Any]:
         return {"p": self._mixing.p, "seed": self._mixing.seed, "mixed": list(self._mixing.pretrained)}

@@ -100,6 +100,9 @@ class Refresh(Schedule):
         )
         return schedule
 
+    def _awaited(self) -> tuple[int, str] | None:
+        return self.every, "every="
+
     def _options(self) -> dict[str, Any]:
         return {"every": self.every}
 
