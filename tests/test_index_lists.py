@@ -65,7 +65,7 @@ def test_a_mask_its_optimizer_and_its_gradients_share_their_lists(compact):
         if compact:
             chosen = [parameter.selection for name, parameter in model.named_parameters() if name in mask]
             lists += [each.entries.index_list for each in chosen]
-            lists += [way.indices for each in chosen for way in (each.linear, each.conv1d) if way is not None]
+            lists += [way.where for each in chosen for way in (each.linear, each.conv1d) if way is not None]
     size = sum({each.untyped_storage().data_ptr(): each.untyped_storage().nbytes() for each in lists}.values())
     assert size <= 2.2 * mask.k
 
