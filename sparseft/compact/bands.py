@@ -17,8 +17,9 @@ from torch import Tensor
 from sparseft.products import weight_gradient
 
 # One band takes no more time than its entries one by one, whatever its size. Several take less from so many entries on
-# for each row and column that is copied, which blocks of 64 x 64 have (measured with AVX-512, one thread).
-_ENTRIES_A_LINE = 32
+# for each row and column that is copied, which blocks of 96 x 96 have. With AVX-512, those of 64 are slower by half on
+# two threads and faster by a sixth on one, those of 128 faster on both.
+_ENTRIES_A_LINE = 48
 # a GPU starts three kernels a band, and a compiled graph holds them all
 _MOST_BANDS = {"cpu": 64, "cuda": 8}
 
