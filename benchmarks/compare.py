@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -52,10 +51,8 @@ def case(task: str, way: str, seed: int, options: argparse.Namespace) -> dict[st
 def run(task: ways.Task, name: str) -> dict[str, Any]:
     """Train and measure; return what came of it."""
     way, loaded = ways.WAYS[name], task.load()
-    started = time.perf_counter()
     before = {id(p): p.detach().clone() for p in loaded.model.parameters()}
     way.train(task, loaded, way.lr, training.HEAD_LR)
-    seconds = time.perf_counter() - started
     found = evaluation.evaluate(loaded.model, task.encoded, task.encoded.dev)
     labels = torch.tensor([row["labels"] for row in task.encoded.dev])
     return {
@@ -64,7 +61,6 @@ def run(task: ways.Task, name: str) -> dict[str, Any]:
         "dev_rows": len(labels),
         "dev_accuracy": round(found.metrics["accuracy"], 4),
         "dev_loss": round(float(torch.nn.functional.cross_entropy(found.outputs, labels)), 4),
-        "seconds": round(seconds, 1),
     }
 
 
