@@ -457,7 +457,10 @@ def test_a_trainer_takes_its_own_steps(tmp_path):
     [
         ({"steps": 0}, "gates must learn for at least one step before the choice, got 0"),
         ({"penalty": -1.0}, "penalty must be at least 0 and gate_lr above it, got -1.0 and 0.1"),
+        ({"penalty": math.nan}, "got nan and 0.1"),
         ({"gate_lr": 0.0}, "got 0.0001 and 0.0"),
+        ({"gate_lr": math.inf}, "got 0.0001 and inf"),
+        ({"log_alpha": math.nan}, "log_alpha must be finite, got nan"),
         ({"stretch": (0.0, 1.5)}, "gates must be stretched from below 0 to above 1, got 0.0 and 1.5"),
         ({"density": 1.5}, r"density must lie in \(0, 1\]"),
         ({"scope": "neuron"}, "scope must be one of global"),

@@ -67,6 +67,18 @@ def fail(model, optimizer, schedule, steps):
 
 
 @pytest.mark.parametrize("end", [close, leave])
+@pytest.mark.parametrize(("schedule", "options", "_"), CHOOSING)
+def test_a_schedule_ends_where_warnings_are_errors_too(schedule, options, _, end):
+    model, optimizer, its = make(schedule, options)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="ended after"):
+            end(model, optimizer, its, 4)
+    assert not any("forward" in module.__dict__ for module in model.modules())
+    ChildTuningF(model, optimizer, 0.5, its.mask).close()
+
+
+@pytest.mark.parametrize("end", [close, leave])
 @pytest.mark.parametrize(("schedule", "options", "option"), CHOOSING)
 def test_a_run_that_ends_too_early_says_so_where_it_ends(schedule, options, option, end):
     model, optimizer, its = make(schedule, options)
@@ -109,3 +121,13 @@ def test_each_round_of_lt_sft_comes_to_a_choice(steps):
     model, optimizer, its = make(LTSFT, {"density": 0.2, "steps": 5, "rounds": 2, "sparse_steps": 3})
     with pytest.warns(match=rf"ended after {steps} steps, before its choice at step 13: 514 of 514 entries train"):
         close(model, optimizer, its, steps)
+
+
+@pytest.mark.parametrize("schedule", [DPSMix, Mixout, ChildTuningF, DiffPruning])
+def test_a_seed_that_is_no_whole_number_is_refused_before_the_first_step(schedule):
+    model = net()
+    optimizer = sparseft.SparseAdamW(model.parameters())
+    options = {Mixout: {"p": 0.5}, ChildTuningF: {"p": 0.5}, DiffPruning: {"density": 0.2, "steps": 5}}
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 1\.5"):
+        schedule(model, optimizer, **options.get(schedule, {"density": 0.5, "stage_steps": 5}), seed=1.5)
+    ChildTuningF(model, optimizer, 0.5).close()

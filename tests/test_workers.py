@@ -347,6 +347,9 @@ def test_numbers_of_workers_and_scores_are_checked():
         workers.split(mask, 2, {})
     with pytest.raises(ValueError, match=rf"scores of {name} must have shape"):
         workers.split(mask, 2, {**scores, name: scores[name].flatten()[1:]})
+    for dealt in (lambda: workers.split(mask, 2, "scores"), lambda: workers.disjoint_masks(model, "scores", 2, k=3)):
+        with pytest.raises(TypeError, match="scores must be a mapping from parameter name to tensor, got str"):
+            dealt()
     scores[name].fill_(float("nan"))
     with pytest.raises(ValueError, match="scores must be finite"):
         workers.split(mask, 2, scores)

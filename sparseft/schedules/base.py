@@ -74,8 +74,11 @@ class Schedule:
 
         It warns of a run that ends before the choice that it was to come to, as leaving the context does.
         """
-        self._warn_of_no_choice()
-        self._stop()
+        try:
+            self._warn_of_no_choice()
+        finally:
+            # also where warnings are errors
+            self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -83,9 +86,11 @@ class Schedule:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None:
-            self._warn_of_no_choice()
-        self._stop()
+        try:
+            if error is None:
+                self._warn_of_no_choice()
+        finally:
+            self._stop()
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the schedule knows, in tensors, numbers and names: references, as an optimizer's has them."""

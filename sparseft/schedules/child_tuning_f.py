@@ -13,6 +13,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.draws import generator_at
 from sparseft.schedules.masks import whole_mask
+from sparseft.selection.arguments import check_whole
 
 
 class ChildTuningF(Schedule):
@@ -34,6 +35,7 @@ class ChildTuningF(Schedule):
         seed: of the draws.
 
     Raises:
+        TypeError: seed is not a whole number.
         ValueError: p is out of range, exclude leaves nothing over, or the optimizer trains other entries than the
             mask's.
 
@@ -54,6 +56,7 @@ class ChildTuningF(Schedule):
     ) -> None:
         if not 0 < p <= 1:
             raise ValueError(f"the probability of keeping a gradient must lie in (0, 1], got {p}")
+        check_whole("seed", seed)
         mask = whole_mask(model, optimizer, None, ()) if mask is None else mask
         trained = [*mask, *mask.dense]
         left_out = match_names(exclude, trained, "exclude")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -56,7 +57,7 @@ class DiffPruning(Schedule):
         seed: of the draws.
 
     Raises:
-        TypeError: steps is not a whole number.
+        TypeError: steps or seed is not a whole number.
         ValueError: an option is out of range, a pattern matches nothing, or the optimizer does not train whole
             parameters of the model.
 
@@ -88,8 +89,11 @@ class DiffPruning(Schedule):
         check_whole("steps", steps)
         if steps < 1:
             raise ValueError(f"gates must learn for at least one step before the choice, got {steps}")
-        if penalty < 0 or gate_lr <= 0:
+        if not (0 <= penalty < math.inf and 0 < gate_lr < math.inf):
             raise ValueError(f"penalty must be at least 0 and gate_lr above it, got {penalty} and {gate_lr}")
+        if not math.isfinite(log_alpha):
+            raise ValueError(f"log_alpha must be finite, got {log_alpha}")
+        check_whole("seed", seed)
         self.density, self.gate_steps, self.scope = density, steps, scope
         self._distribution = HardConcrete(*stretch)
         self._gate_options: dict[str, Any] = {

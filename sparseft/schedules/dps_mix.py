@@ -35,6 +35,7 @@ class DPSMix(DPS):
         options: those of `DPS`.
 
     Raises:
+        TypeError: as `DPS`, or seed is not a whole number.
         ValueError: as `DPS`, or mix is out of range, or include takes in what is no weight of a linear layer.
 
     Source: arXiv 2211.01642. The published code rescales in stage two as well, although nothing is drawn there, so

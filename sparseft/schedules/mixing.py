@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from sparseft.schedules.draws import generator_at
 from sparseft.schedules.substitution import Substitution
+from sparseft.selection.arguments import check_whole
 
 
 class Mixing:
@@ -39,6 +40,7 @@ class Mixing:
     ) -> None:
         if not 0 <= p < 1:
             raise ValueError(f"the probability of pretrained weights must lie in [0, 1), got {p}")
+        check_whole("seed", seed)
         self.p, self.seed, self._step, self._inputs = p, seed, step, dict(inputs)
         parameters = dict(model.named_parameters())
         self.pretrained = {name: parameters[name].detach().clone() for name in inputs}

@@ -30,6 +30,7 @@ class Mixout(Schedule):
         seed: of the draws.
 
     Raises:
+        TypeError: seed is not a whole number.
         ValueError: p is out of range, nothing is left to mix, or the optimizer trains other entries than the mask's.
 
     Source: arXiv 1909.11299. The published code replaces the model's layers by its own, draws for every forward pass,

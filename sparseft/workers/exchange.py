@@ -122,7 +122,7 @@ def _check_agreement(
         lists = (mask[name] for mask in masks for name in mask)
         rest = _untrained(model, masks) if options["check_weights"] else ()
         digest = _hash(lists, plan) + _hash(rest)
-    except (TypeError, ValueError) as error:
+    except (RuntimeError, TypeError, ValueError) as error:
         problem = error
     received = _all_gathered(torch.tensor(list(digest), dtype=torch.uint8, device=device), group)
     if problem is not None:

@@ -42,13 +42,14 @@ def disjoint_masks(
         One mask a worker: disjoint, exactly k entries each, the same on every machine.
 
     Raises:
-        TypeError: density is not a number, or k or workers not a whole one.
+        TypeError: density is not a number, k or workers not a whole one, or scores are no mapping.
         ValueError: workers, density or k is out of range, `workers * k` is more than the selectable entries, a pattern
             matches nothing, or scores are not finite, all zero, or of another model.
     """
     check_model(model)
     check_count("workers", workers)
     check_density(density, k)
+    _check_held(scores)
     parameters = dict(model.named_parameters())
     dense_names = match_names(dense, parameters, "dense")
     chosen = {name: score for name, score in scores.items() if name not in dense_names}
@@ -91,7 +92,7 @@ def split(mask: Mask, workers: int, scores: Mapping[str, Tensor] | None = None, 
         One mask a worker. They are disjoint, their union is `mask`, and their sizes differ by one at most.
 
     Raises:
-        TypeError: workers or seed is not a whole number.
+        TypeError: workers or seed is not a whole number, or scores are no mapping.
         ValueError: workers is below 1 or above the number of entries, or scores are missing, of other shapes, or not
             finite.
     """
@@ -103,6 +104,7 @@ def split(mask: Mask, workers: int, scores: Mapping[str, Tensor] | None = None, 
     if scores is None:
         order = torch.randperm(k, generator=torch.Generator().manual_seed(seed))
     else:
+        _check_held(scores)
         order = _selected(mask, scores).sort(descending=True, stable=True).indices
     places = torch.arange(k)
     turns, backwards = places % workers, places // workers % 2 == 1
@@ -116,6 +118,15 @@ def split(mask: Mask, workers: int, scores: Mapping[str, Tensor] | None = None, 
         for worker in range(workers):
             lists[worker][name] = positions[owner == worker]
     return [_part(mask, indices, worker, workers) for worker, indices in enumerate(lists)]
+
+
+def _check_held(scores: object) -> None:
+    """Raise unless scores are in memory."""
+    if not isinstance(scores, Mapping):
+        raise TypeError(
+            f"scores must be a mapping from parameter name to tensor, got {type(scores).__name__}; of scores in files "
+            "make a mask with top_k, and split it"
+        )
 
 
 def _selected(mask: Mask, scores: Mapping[str, Tensor]) -> Tensor:
