@@ -27,7 +27,7 @@ from tqdm import tqdm
 from sparseft.integrations import encoding, evaluation, examples, models, rows, training
 
 TASKS = ("trec6", "rte")
-CASE = ("task", "way", "seed", "density", "epochs", "batch_size", "max_length", "samples", "bf16", "lr", "head_lr")
+CASE = ("task", "way", "seed", *compare_table.COMMON, "lr", "head_lr")
 
 
 def prepare(task: str, seed: int, options: argparse.Namespace) -> ways.Task:
@@ -103,7 +103,7 @@ def main() -> None:
     options = parser.parse_args()
     path = provenance.RESULTS / f"compare-{options.machine}.csv"
     if options.table:
-        print(compare_table.table(provenance.read(path)))
+        print(compare_table.table(compare_table.current(provenance.read(path))))
         return
     if options.data is None:
         parser.error("--data must name the folder of the tasks")

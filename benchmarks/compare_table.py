@@ -7,7 +7,23 @@ from collections.abc import Sequence
 
 import ways
 
+# what all runs of a comparison have in common; rates are each method's own
+COMMON = ("density", "epochs", "batch_size", "max_length", "samples", "bf16")
 Row = dict[str, str]
+
+
+def current(rows: Sequence[Row]) -> list[Row]:
+    """Return the runs at the rates of each method's newest one.
+
+    Raises:
+        ValueError: runs differ in more than their rates.
+    """
+    for name in COMMON:
+        found = sorted({row[name] for row in rows})
+        if len(found) > 1:
+            raise ValueError(f"runs that are compared must have one {name}, got {', '.join(found)}; keep others apart")
+    newest = {row["way"]: row for row in rows}
+    return [row for row in rows if all(row[name] == newest[row["way"]][name] for name in ("lr", "head_lr"))]
 
 
 def table(rows: Sequence[Row]) -> str:

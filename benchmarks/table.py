@@ -169,7 +169,7 @@ def comparison(folder: Path) -> str:
     """Return what the rows of compare.py say, a table a machine."""
     blocks = []
     for file in sorted(folder.glob("compare-*.csv")):
-        rows = provenance.read(file)
+        rows = compare_table.current(provenance.read(file))
         seen = ", ".join(dict.fromkeys(row["device"] for row in rows))
         versions = f"torch {rows[-1]['torch']}, transformers {rows[-1]['transformers']}"
         heading = f"{len(rows)} runs on {seen}; {versions}; until {max(row['date'] for row in rows)}:"

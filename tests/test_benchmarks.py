@@ -138,9 +138,11 @@ def test_the_newest_run_of_the_demo_becomes_a_table(tmp_path):
 def test_the_comparisons_runs_become_a_table(tmp_path):
     row = {
         "task": "rte", "way": "fish", "seed": "0", "lr": "0.001", "changed_weights": "100", "dev_accuracy": "0.5",
-        "device": "a CPU", "torch": "2.13.0", "transformers": "5.0", "date": "2026-01-02",
+        "device": "a CPU", "torch": "2.13.0", "transformers": "5.0", "date": "2026-01-02", "head_lr": "0.03",
+        **dict.fromkeys(("density", "epochs", "batch_size", "max_length", "samples", "bf16"), "1"),
     }  # fmt: skip
     rows = [
+        {**row, "lr": "0.1", "dev_accuracy": "0.1"},  # at a rate that was given up
         {**row, "way": "full", "dev_accuracy": "0.6"},
         row,
         {**row, "seed": "1", "dev_accuracy": "0.52", "changed_weights": "102"},
@@ -157,6 +159,11 @@ def test_the_comparisons_runs_become_a_table(tmp_path):
     assert "4 runs on a CPU; torch 2.13.0, transformers 5.0; until 2026-01-03:" in lines
     fish = lines.index("| fish | 0.5 % | 0.001 | 102 | 90.0 | 51.0 ± 1.4 |")
     assert lines[fish + 1] == "| full | all | 0.001 | 100 |  | 60.0 |"
+    with (tmp_path / "compare-cpu2.csv").open("a", newline="") as file:
+        csv.DictWriter(file, row).writerow({**row, "epochs": "3"})
+    run = script("table.py", page, "--results", tmp_path)
+    assert "must have one epochs, got 1, 3" in run.stderr
+    assert page.read_text().splitlines() == lines
 
 
 def test_a_page_without_markers_is_refused(tmp_path):
