@@ -5,8 +5,7 @@
     python benchmarks/compare.py cpu2 --data ../shared/data --tasks trec6 --ways fish LoRA --seeds 0
 
 What each line does is in benchmarks/ways.py. For a seed, all start from the same weights and see the same rows in the
-same order. Nothing is chosen by the rows that are measured on: rates come from the sweep. Rows go to
-results/compare-MACHINE.csv.
+same order. Rates are those of docs/comparison.md. Rows go to results/compare-MACHINE.csv.
 """
 
 from __future__ import annotations

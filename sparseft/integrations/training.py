@@ -21,10 +21,10 @@ from sparseft.integrations.models import Loaded, device
 from sparseft.mask import Mask
 from sparseft.optim import SparseAdamW
 
-# Peak learning rates, from one sweep over all methods (benchmarks/results/sweep-*.csv). Sparse methods want far higher
-# ones than full fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something.
-# Those of other methods were not swept: they are as for what is chosen in the same way. BitFit's is three times the
-# largest of its paper, with which 120 steps on TREC-6 were not enough.
+# Peak learning rates, from one sweep (benchmarks/results/sweep-*.csv). Sparse methods want far higher ones than full
+# fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something. Those of other
+# methods were not swept: they are as for what is chosen in the same way. BitFit's is three times the largest of its
+# paper, with which 120 steps on TREC-6 were not enough.
 DEFAULT_LR = {
     "fish": 1e-3,
     "ird": 1e-3,  # as for fish: the entries are of the same kind

@@ -1,4 +1,4 @@
-"""Choosing anew while training: objects that watch an optimizer's steps and change its mask."""
+"""Choosing or drawing anew while training: objects that watch an optimizer's steps."""
 
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.child_tuning_f import ChildTuningF
