@@ -104,7 +104,15 @@ class DropGrow(Schedule):
         before, fraction = self.mask, self._fraction_now()
         indices = {name: self._exchanged(name, fraction) for name in before}
         info = {**before.info, "exchanged_at": self.steps}
-        self._set_mask(Mask(indices, before.shapes, dense=before.dense, aliases=before.aliases, info=info))
+        mask = Mask(
+            indices,
+            before.shapes,
+            dense=before.dense,
+            aliases=before.aliases,
+            info=info,
+            fingerprint=before.fingerprint,
+        )
+        self._set_mask(mask)
         for name in before:
             self._put_back(name, before[name].to(indices[name].device), indices[name])
 

@@ -108,6 +108,7 @@ class LTSFT(Schedule):
         weights = self._weights()
         self._start = {name: saved.to(weights[name], copy=True) for name, saved in state["start"].items()}
         self._chosen = None if state["chosen"] is None else mask_from_state(state["chosen"], self._whole)
+        self._whole.fingerprint = self.mask.fingerprint
 
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         its_round, steps = self._place(state["steps"])

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.index_lists import index_dtype
-from sparseft.mask import Mask, aliases, match_names
+from sparseft.mask import Mask, aliases, fingerprint, match_names
 from sparseft.optim.base import SparseOptimizer
 from sparseft.selection.scopes import layouts
 from sparseft.selection.top_k import top_k
@@ -23,6 +23,8 @@ def whole_mask(
     default: Iterable[str] | None = None,
 ) -> Mask:
     """Return the mask of all entries that may be chosen; what else the optimizer trains is dense in it.
+
+    Its fingerprint is of the weights of now, and so is that of a mask which `ranked` makes of it.
 
     include: patterns of the parameters to choose from; those named by `default` if it is None, or all.
 
@@ -50,7 +52,8 @@ def whole_mask(
         for name, shape in shapes.items()
     }
     rest = {name: parameter.shape for name, parameter in parameters.items() if name not in shapes}
-    return Mask(entries, shapes, dense=rest, aliases=aliases(model))
+    base = fingerprint(model, (name for name, _ in model.named_parameters() if name not in rest))
+    return Mask(entries, shapes, dense=rest, aliases=aliases(model), fingerprint=base)
 
 
 def ranked(scores: Mapping[str, Tensor], whole: Mask, model: nn.Module, **options: Any) -> Mask:
@@ -61,7 +64,14 @@ def ranked(scores: Mapping[str, Tensor], whole: Mask, model: nn.Module, **option
     Raises:
         ValueError: as `top_k`: scores are not finite, or all zero.
     """
-    return top_k(scores, layouts=layouts(model), dense=whole.dense, aliases=whole.aliases, **options)
+    return top_k(
+        scores,
+        layouts=layouts(model),
+        dense=whole.dense,
+        aliases=whole.aliases,
+        fingerprint=whole.fingerprint,
+        **options,
+    )
 
 
 def linear_weights(model: nn.Module) -> dict[str, int]:
