@@ -219,6 +219,14 @@ def empty(path):
     save_file({}, path)
 
 
+def without_header(path):
+    save_file({"w": torch.ones(4)}, path, metadata={"format": "sparseft fisher 1"})
+
+
+def with_another_header(path):
+    save_file({"w": torch.ones(4)}, path, metadata={"format": "sparseft fisher 1", "header": "{"})
+
+
 def without_entries(path):
     save_file({"w": torch.ones(0, 4)}, path)
 
@@ -231,6 +239,8 @@ def without_entries(path):
         (of_integers, TypeError, r"must be F32, BF16 or F16, got I32 for w in .*1\.safetensors"),
         (of_doubles, TypeError, "got F64 for w"),
         (a_mask, ValueError, r"1\.safetensors must be a file of scores, got a 'sparseft mask 1' file"),
+        (without_header, ValueError, r"1\.safetensors is damaged: its header does not say what it holds"),
+        (with_another_header, ValueError, r"1\.safetensors is damaged: its header does not say what it holds"),
         (os.remove, FileNotFoundError, r"1\.safetensors is not a file"),
     ],
 )

@@ -142,7 +142,10 @@ def _of_scores(path: Path) -> dict[str, files.Place]:
     places, metadata = files.places(path)
     kind = metadata.get("format", "")
     if kind == f"sparseft {KIND} 1":
-        return in_order(places, json.loads(metadata["header"]))
+        try:
+            return in_order(places, json.loads(metadata["header"]))
+        except (KeyError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is damaged: its header does not say what it holds; fetch it again") from error
     if kind.startswith("sparseft "):
         raise ValueError(f"{path} must be a file of scores, got a {kind!r} file")
     return places
