@@ -16,7 +16,6 @@ from typing import Any
 
 import provenance
 import torch
-import transformers
 import ways
 
 from sparseft.integrations import encoding, evaluation, examples, models, training
@@ -97,8 +96,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1024, help="rows that a method looks at")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    models.quiet()
     splits = held_out(options.seed)
     for method in options.methods:
         try_rates(method, options.rates, splits, options)

@@ -6,7 +6,6 @@ the model's pretrained weights; what has none, or another one by definition, say
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import math
 import random
@@ -94,9 +93,8 @@ def selected(method: str, **options: Any) -> Train:
     def train(task: Task, loaded: models.Loaded, lr: float, head_lr: float) -> None:
         density = None if method in ("bitfit", *choosing.BASELINES) else task.density
         samples = task.samples if method in choosing.SAMPLING else None
-        start = task.load()
         kept = {"batch_size": task.batch_size, "seed": task.seed, "progress": False}
-        mask = choosing.choose(start, task.encoded, method, density, samples=samples, **kept, **options)
+        mask = choosing.choose(loaded, task.encoded, method, density, samples=samples, **kept, **options)
         train_mask(task, loaded, task.encoded, mask, lr, head_lr)
 
     return train
@@ -231,10 +229,7 @@ def by_space(space: Space) -> Train:
         )
         named = dict(loaded.model.named_parameters())
         head = {id(named[name]) for name in applied.outside}
-        sparse_gradients = (
-            sparseft.compact_gradients(loaded.model, applied.mask) if sparse else contextlib.nullcontext()
-        )
-        with sparse_gradients:
+        with sparseft.compact_gradients(loaded.model, applied.mask):
             groups = applied.mask.param_groups(loaded.model)
             *others, attached = groups
             parts = [[p for p in attached["params"] if (id(p) in head) == flag] for flag in (False, True)]
