@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files, ops  # noqa: F401  (ops registers torch.ops.sparseft)
-from sparseft.mask import Mask, fingerprint
+from sparseft.mask import Mask, check_mask, fingerprint
 
 _VALUES, _DENSE = "values.", "dense."
 
@@ -76,8 +76,10 @@ class Delta:
         """Return what `save_delta` writes: copies, which do not follow the model as it trains on.
 
         Raises:
+            TypeError: the mask is none.
             ValueError: the mask is of another model, or something outside of it changed.
         """
+        check_mask(mask)
         mask.check(model)
         if check_weights:
             _check_rest(model, mask)

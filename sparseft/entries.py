@@ -94,12 +94,13 @@ def entries_of(parameter: Tensor) -> SelectedEntries | None:
 
 
 def check_no_entries(model: nn.Module) -> None:
-    """Raise if a model's gradients are compact: scores are of whole parameters.
+    """Raise if a model's gradients are compact: scores and schedules are of whole parameters.
 
     Raises:
         RuntimeError: they are.
     """
     if any(is_leaf(parameter) for parameter in model.parameters()):
         raise RuntimeError(
-            "scores need the dense gradients of a model, and this one's are compact; leave compact_gradients first"
+            "scores and schedules need the dense gradients of a model, and this one's are compact; leave "
+            "compact_gradients first"
         )

@@ -311,6 +311,15 @@ def _check_positions(name: str, index: Tensor, numel: int) -> None:
             raise ValueError(f"indices of {name} must lie in [0, {numel}), got {low}..{high}; is it another model's?")
 
 
+def check_mask(mask: object) -> None:
+    """Raise unless an argument is a mask."""
+    if not isinstance(mask, Mask):
+        raise TypeError(
+            f"mask must be a sparseft.Mask, got {type(mask).__name__}; select makes one, and Mask.load reads one from "
+            "a file"
+        )
+
+
 def fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> dict[str, str]:
     """Return parameter name -> a 64-bit hash of its bytes (blake2b), of every parameter or of those named."""
     parameters = dict(model.named_parameters())

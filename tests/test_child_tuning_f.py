@@ -205,3 +205,20 @@ def test_gradscaler_changes_nothing_but_the_steps_it_leaves_out():
 def test_options_that_make_no_sense_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"p": "0.5"}, "p must be a number, got '0.5'"),
+        ({"seed": 1.5}, "seed must be a whole number, got 1.5"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
+        ({"mask": "best.mask"}, "mask must be a sparseft.Mask, got str"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named_and_the_optimizer_stays_free(options, message):
+    model = nn.Linear(4, 3)
+    optimizer = sparseft.SparseAdamW(model.parameters())
+    with pytest.raises(TypeError, match=message):
+        ChildTuningF(model, optimizer, **{"p": 0.5, **options})
+    ChildTuningF(model, optimizer, 0.5)

@@ -158,3 +158,9 @@ def test_what_was_frozen_since_is_warned_of():
     model(inputs()).sum().backward()
     with pytest.warns(UserWarning, match=r"a parameter of shape \[24, 12\] with 288 selected entries is frozen"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("other", [None, "best.mask", torch.nn.Linear(2, 2)])
+def test_what_is_no_mask_is_refused(other):
+    with pytest.raises(TypeError, match=r"mask must be a sparseft\.Mask, got (NoneType|str|Linear); .* Mask.load"):
+        sparseft.compact_gradients(torch.nn.Linear(2, 2), other)

@@ -176,6 +176,8 @@ def test_saving_for_the_wrong_mask_is_refused(tmp_path):
     _, mask = fine_tuned(base_model())
     with pytest.raises(ValueError, match="another model"):
         sparseft.save_delta(torch.nn.Linear(3, 3), mask, tmp_path / "delta")
+    with pytest.raises(TypeError, match=r"mask must be a sparseft\.Mask, got Linear"):
+        sparseft.save_delta(mask, torch.nn.Linear(3, 3), tmp_path / "delta")
     assert not (tmp_path / "delta").exists()
 
 

@@ -457,10 +457,10 @@ def test_a_trainer_takes_its_own_steps(tmp_path):
     [
         ({"steps": 0}, "gates must learn for at least one step before the choice, got 0"),
         ({"penalty": -1.0}, "penalty must be at least 0 and gate_lr above it, got -1.0 and 0.1"),
-        ({"penalty": math.nan}, "got nan and 0.1"),
         ({"gate_lr": 0.0}, "got 0.0001 and 0.0"),
-        ({"gate_lr": math.inf}, "got 0.0001 and inf"),
-        ({"log_alpha": math.nan}, "log_alpha must be finite, got nan"),
+        ({"gate_lr": math.inf}, "gate_lr must be finite, got inf"),
+        ({"penalty": math.nan}, "penalty must be finite, got nan"),
+        ({"log_alpha": math.inf}, "log_alpha must be finite, got inf"),
         ({"stretch": (0.0, 1.5)}, "gates must be stretched from below 0 to above 1, got 0.0 and 1.5"),
         ({"density": 1.5}, r"density must lie in \(0, 1\]"),
         ({"scope": "neuron"}, "scope must be one of global"),
@@ -473,6 +473,25 @@ def test_options_that_make_no_sense_are_refused_and_the_optimizer_stays_free(opt
     optimizer = sparseft.SparseAdamW(model.parameters())
     with pytest.raises(ValueError, match=message):
         DiffPruning(model, optimizer, **{"density": 0.1, "steps": 2, "penalty": PENALTY, **options})
+    DiffPruning(model, optimizer, 0.1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"density": None}, r"density must be a number in \(0, 1\], got None"),
+        ({"penalty": "1"}, "penalty must be a number, got '1'"),
+        ({"log_alpha": "x"}, "log_alpha must be a number, got 'x'"),
+        ({"stretch": 1.5}, "stretch must be two numbers, the lowest and the highest of a gate, got 1.5"),
+        ({"stretch": (-1, "2")}, "stretch must be a number, got '2'"),
+        ({"seed": "x"}, "seed must be a whole number, got 'x'"),
+    ],
+)
+def test_arguments_of_the_wrong_type_are_named_and_the_optimizer_stays_free(options, message):
+    model = net()
+    optimizer = sparseft.SparseAdamW(model.parameters())
+    with pytest.raises(TypeError, match=message):
+        DiffPruning(model, optimizer, **{"density": 0.1, "steps": 2, **options})
     DiffPruning(model, optimizer, 0.1, 2)
 
 

@@ -434,3 +434,20 @@ def test_a_trainer_resumes_bit_for_bit(tmp_path, schedule, until):
     assert other.steps == its.steps == 8
     for name, weight in runs.model.named_parameters():
         assert torch.equal(weight, again.model.get_parameter(name)), name
+
+
+def test_what_is_no_number_no_model_or_compact_is_named():
+    model = net()
+    optimizer = adamw(model)
+    with pytest.raises(TypeError, match="update_ratio must be a number, got 'a'"):
+        DPS(model, optimizer, total_steps=100, update_ratio="a")
+    with pytest.raises(TypeError, match=r"density must be a number in \(0, 1\], got None"):
+        DPS(model, optimizer, None, stage_steps=2)
+    with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got SparseAdamW"):
+        DPS(optimizer, model, stage_steps=2)
+    mask = sparseft.select("magnitude", model, density=0.1)
+    with sparseft.compact_gradients(model, mask), pytest.raises(RuntimeError, match="leave compact_gradients first"):
+        DPS(model, sparseft.SparseAdamW(mask.param_groups(model)), stage_steps=2)
+    with pytest.raises(TypeError, match="the probability of pretrained weights must be a number, got 'a'"):
+        DPSMix(model, optimizer, stage_steps=2, mix="a")
+    DPS(model, optimizer, stage_steps=2)

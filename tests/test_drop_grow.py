@@ -121,3 +121,8 @@ def test_options_that_make_no_sense_are_refused(options, message):
 def test_steps_are_whole_numbers(options):
     with pytest.raises(TypeError, match="must be a whole number, got"):
         make(net(), **options)
+
+
+def test_a_fraction_is_a_number():
+    with pytest.raises(TypeError, match="fraction must be a number, got 'x'"):
+        make(net(), fraction="x")

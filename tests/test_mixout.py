@@ -81,8 +81,10 @@ def test_what_cannot_be_mixed_is_refused():
     optimizer = sparseft.SparseAdamW(model.parameters())
     with pytest.raises(ValueError, match=r"must lie in \[0, 1\), got 1.0"):
         Mixout(model, optimizer, 1.0)
-    with pytest.raises(TypeError):
+    with pytest.raises(TypeError, match=r"the probability of pretrained weights must be a number, got '0.5'"):
         Mixout(model, optimizer, "0.5")
+    with pytest.raises(TypeError, match=r"seed must be a whole number, got 1.5"):
+        Mixout(model, optimizer, 0.5, seed=1.5)
     with pytest.raises(ValueError, match="there is nothing to mix"):
         Mixout(model, optimizer, 0.5, exclude="*weight")
     assert list(Mixout(model, optimizer, 0.5)._mixing.pretrained) == ["0.weight", "2.weight"]

@@ -214,6 +214,12 @@ def test_what_does_not_fit_is_refused():
         Refresh(model, optimizer, mask, every=0, choose=Random())
     with pytest.raises(TypeError, match="every must be a whole number"):
         Refresh(model, optimizer, mask, every=2.0, choose=Random())
+    with pytest.raises(TypeError, match=r"choose must be called with the model .* got 'fish'"):
+        Refresh(model, optimizer, mask, every=2, choose="fish")
+    with pytest.raises(TypeError, match=r"mask must be a sparseft\.Mask, got NoneType"):
+        Refresh.by_method(model, optimizer, None, "random", every=2)
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got SparseAdamW"):
+        Refresh(optimizer, model, mask, **options)
     with pytest.raises(ValueError, match=r"must train what the schedule begins with, .*other entries of 0.weight"):
         Refresh(model, optimizer, other, **options)
     with pytest.raises(ValueError, match=r"got no entries of 0.weight"):
@@ -251,6 +257,16 @@ def test_steps_in_backward_are_refused():
     with sparseft.step_in_backward(optimizer), pytest.raises(RuntimeError, match="this one is taken in backward"):
         backward(model, 0)
     assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
+
+
+def test_a_choice_that_is_no_mask_is_refused_and_the_step_is_not_lost():
+    model = net()
+    optimizer, schedule = refreshing(model, every=1, choose=lambda model: None)
+    mask = schedule.mask
+    backward(model, 0)
+    with pytest.raises(TypeError, match="choose must return the next mask, got NoneType"):
+        optimizer.step()
+    assert (schedule.mask, schedule.steps) == (mask, 0)
 
 
 def test_a_choice_of_other_parameters_is_refused_and_the_step_is_not_lost():

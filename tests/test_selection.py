@@ -155,6 +155,11 @@ def test_what_is_no_model_is_refused(name):
         sparseft.select(name, classifier().state_dict(), batches(), k=5)
 
 
+def test_a_method_is_a_name():
+    with pytest.raises(TypeError, match=r"must be given by name, before the model, got Sequential$"):
+        sparseft.select(classifier(), "fish", batches(), k=5)
+
+
 def test_whole_numbers_of_numpy_are_whole_numbers():
     mask = sparseft.select("sift", classifier(), batches(), k=np.int64(5), batches=np.int32(2), seed=np.int64(3))
     assert mask.k == 5

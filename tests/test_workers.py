@@ -365,6 +365,13 @@ def test_deltas_that_do_not_go_together_are_refused():
         workers.merge([])
     with pytest.raises(TypeError, match="merge takes deltas, got Mask"):
         workers.merge(masks)
+    with pytest.raises(TypeError, match="merge takes a list of deltas, got one Delta; put it in a list"):
+        workers.merge(deltas[0])
+    with pytest.raises(ValueError, match=r"got none of \[1, 2\] and several of \[0\]; add them"):
+        workers.merge([deltas[0], deltas[0]])
+    for weights in ("abc", [1.0, "2", 3.0], [1.0, None, 1.0]):
+        with pytest.raises(TypeError, match="weights must be 3 positive numbers"):
+            workers.merge(deltas, weights=weights)
     with pytest.raises(ValueError, match=r"must be disjoint, got \d+ entries of 0.weight in several"):
         workers.merge([*deltas, deltas[1]])
     with pytest.raises(ValueError, match='overlap must be "error" or "mean"'):

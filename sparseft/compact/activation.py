@@ -20,7 +20,7 @@ from sparseft.compact.changes import (
 )
 from sparseft.compact.selection import Selection
 from sparseft.entries import SelectedEntries, entries_of
-from sparseft.mask import Mask
+from sparseft.mask import Mask, check_mask
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -146,6 +146,7 @@ def _check_model(model: nn.Module, mask: Mask) -> None:
             f"model must not be wrapped yet, got {type(model).__name__}; enter the context with the model inside, "
             "then wrap it"
         )
+    check_mask(mask)
     mask.check(model)
     if not len(mask) and not mask.dense:
         raise ValueError(

@@ -35,7 +35,8 @@ class Reason(NamedTuple):
         if not self.represents:
             return f"gain {self.gain:.4g}; stands for no sample that another chosen one does not stand for as well"
         named = ", ".join(f"{sample} ({value:.4g})" for sample, value in self.most)
-        return f"gain {self.gain:.4g}; stands for {self.represents} samples, most of all for {named}"
+        samples = "1 sample" if self.represents == 1 else f"{self.represents} samples"
+        return f"gain {self.gain:.4g}; stands for {samples}, most of all for {named}"
 
 
 @dataclass(frozen=True, eq=False, repr=False)

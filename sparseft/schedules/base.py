@@ -13,10 +13,11 @@ from torch import Tensor, nn
 
 from sparseft.entries import check_no_entries
 from sparseft.index_lists import count
-from sparseft.mask import Mask
+from sparseft.mask import Mask, check_mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.clipping import gradient_norm
 from sparseft.schedules.states import ANY, check_counts, check_parts, mask_from_state, mask_state
+from sparseft.selection.arguments import check_model
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -47,9 +48,10 @@ class Schedule:
 
         Raises:
             RuntimeError: the optimizer has a schedule, or the model's gradients are compact.
-            TypeError: the optimizer is of another package.
+            TypeError: the optimizer is of another package, or the model or the mask is none.
             ValueError: the optimizer trains other entries than the mask's, or another model.
         """
+        check_model(model)
         if not isinstance(optimizer, SparseOptimizer):
             raise TypeError(
                 f"a schedule changes masks, which optimizers of this package have, got {type(optimizer).__name__}; "
@@ -58,6 +60,7 @@ class Schedule:
         if optimizer in _scheduled:
             raise RuntimeError("the optimizer has a schedule already; close() that one first, or use one of the two")
         check_no_entries(model)
+        check_mask(mask)
         self.model, self.optimizer = model, optimizer
         self.steps = self.skipped = 0
         self._step_is_good: bool | None = None

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparseft.mask import Mask, match_names
+from sparseft.mask import Mask, check_mask, match_names
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.draws import generator_at
 from sparseft.schedules.masks import whole_mask
-from sparseft.selection.arguments import check_whole
+from sparseft.selection.arguments import check_number, check_whole
 
 
 class ChildTuningF(Schedule):
@@ -35,7 +35,7 @@ class ChildTuningF(Schedule):
         seed: of the draws.
 
     Raises:
-        TypeError: seed is not a whole number.
+        TypeError: p is no number, or seed no whole one.
         ValueError: p is out of range, exclude leaves nothing over, or the optimizer trains other entries than the
             mask's.
 
@@ -54,10 +54,12 @@ class ChildTuningF(Schedule):
         exclude: str | Iterable[str] = (),
         seed: int = 0,
     ) -> None:
+        check_number("p", p)
+        check_whole("seed", seed)
         if not 0 < p <= 1:
             raise ValueError(f"the probability of keeping a gradient must lie in (0, 1], got {p}")
-        check_whole("seed", seed)
         mask = whole_mask(model, optimizer, None, ()) if mask is None else mask
+        check_mask(mask)
         trained = [*mask, *mask.dense]
         left_out = match_names(exclude, trained, "exclude")
         self.p, self.seed = p, seed

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,9 +15,9 @@ from sparseft.schedules.gates import Gates, HardConcrete, shapes_of_gates
 from sparseft.schedules.masks import ranked, whole_mask
 from sparseft.schedules.states import check_parts
 from sparseft.schedules.substitution import Substitution
-from sparseft.selection.arguments import check_whole
+from sparseft.selection.arguments import check_number, check_whole
 from sparseft.selection.scopes import Scope, check_groups
-from sparseft.selection.top_k import check_density
+from sparseft.selection.top_k import check_share
 
 
 class DiffPruning(Schedule):
@@ -57,7 +56,7 @@ class DiffPruning(Schedule):
         seed: of the draws.
 
     Raises:
-        TypeError: steps or seed is not a whole number.
+        TypeError: steps or seed is not a whole number, or another option not a number.
         ValueError: an option is out of range, a pattern matches nothing, or the optimizer does not train whole
             parameters of the model.
 
@@ -84,18 +83,18 @@ class DiffPruning(Schedule):
         scope: Scope = "global",
         seed: int = 0,
     ) -> None:
-        check_density(density)
+        check_share(density)
         check_groups(scope, None, None, None, counted=True)
         check_whole("steps", steps)
         if steps < 1:
             raise ValueError(f"gates must learn for at least one step before the choice, got {steps}")
-        if not (0 <= penalty < math.inf and 0 < gate_lr < math.inf):
-            raise ValueError(f"penalty must be at least 0 and gate_lr above it, got {penalty} and {gate_lr}")
-        if not math.isfinite(log_alpha):
-            raise ValueError(f"log_alpha must be finite, got {log_alpha}")
+        for name, value in (("penalty", penalty), ("gate_lr", gate_lr), ("log_alpha", log_alpha)):
+            check_number(name, value)
         check_whole("seed", seed)
+        if penalty < 0 or gate_lr <= 0:
+            raise ValueError(f"penalty must be at least 0 and gate_lr above it, got {penalty} and {gate_lr}")
         self.density, self.gate_steps, self.scope = density, steps, scope
-        self._distribution = HardConcrete(*stretch)
+        self._distribution = _stretched(stretch)
         self._gate_options: dict[str, Any] = {
             "log_alpha": log_alpha,
             "structured": structured,
@@ -235,6 +234,14 @@ class DiffPruning(Schedule):
                 index = mask[name].to(weight.device).long()
                 weight.view(-1)[index] = gated[index]
         self._gates, self._pretrained = None, {}
+
+
+def _stretched(stretch: object) -> HardConcrete:
+    if not isinstance(stretch, (tuple, list)) or len(stretch) != 2:
+        raise TypeError(f"stretch must be two numbers, the lowest and the highest of a gate, got {stretch!r}")
+    for end in stretch:
+        check_number("stretch", end)
+    return HardConcrete(*stretch)
 
 
 def _on_host(flags: Iterable[Tensor]) -> list[bool]:

@@ -14,9 +14,9 @@ from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, ranked, whole_mask
 from sparseft.schedules.states import check_left_out, check_parts
-from sparseft.selection.arguments import check_whole
+from sparseft.selection.arguments import check_number, check_whole
 from sparseft.selection.scopes import Scope, check_groups
-from sparseft.selection.top_k import check_density
+from sparseft.selection.top_k import check_share
 
 
 class DPS(Schedule):
@@ -68,7 +68,7 @@ class DPS(Schedule):
         dense: str | Iterable[str] = (),
         scope: Scope = "tensor",
     ) -> None:
-        check_density(density)
+        check_share(density)
         check_groups(scope, None, None, None, counted=True)
         self.stage_steps = _stages(stage_steps, total_steps, update_ratio)
         self.density, self.scope = density, scope
@@ -158,13 +158,14 @@ def _stages(
     """Return how many steps each stage has.
 
     Raises:
-        TypeError: a number of steps is not whole.
+        TypeError: a number of steps is not whole, or update_ratio is none.
         ValueError: a stage has none.
     """
     if (stage_steps is None) == (total_steps is None):
         raise ValueError(f"give either stage_steps or total_steps, got {stage_steps} and {total_steps}")
     if total_steps is not None:
         check_whole("total_steps", total_steps)
+        check_number("update_ratio", update_ratio)
         if not update_ratio <= 0.5:
             raise ValueError(
                 f"update_ratio must be at most 0.5, so that a run of total_steps has both stages, got {update_ratio}"

@@ -14,7 +14,7 @@ from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.mask_change import Move
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.states import check_parts, shapes
-from sparseft.selection.arguments import check_whole
+from sparseft.selection.arguments import check_number, check_whole
 
 
 class DropGrow(Schedule):
@@ -56,6 +56,7 @@ class DropGrow(Schedule):
         check_whole("every", every)
         if every < 1:
             raise ValueError(f"every must be at least 1 optimizer step, got {every}")
+        check_number("fraction", fraction)
         if not 0 < fraction <= 1:
             raise ValueError(f"fraction must lie in (0, 1], got {fraction}")
         if until is not None:

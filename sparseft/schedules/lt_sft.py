@@ -15,7 +15,7 @@ from sparseft.schedules.masks import ranked, whole_mask
 from sparseft.schedules.states import check_parts, mask_from_state, mask_state, shapes
 from sparseft.selection.arguments import check_whole
 from sparseft.selection.scopes import Scope, check_groups
-from sparseft.selection.top_k import check_density, count_at
+from sparseft.selection.top_k import check_share, count_at
 
 
 class LTSFT(Schedule):
@@ -66,7 +66,7 @@ class LTSFT(Schedule):
         dense: str | Iterable[str] = (),
         scope: Scope = "global",
     ) -> None:
-        check_density(density)
+        check_share(density)
         check_groups(scope, None, None, None, counted=True)
         _check_rounds(rounds, steps, sparse_steps, scope)
         self.density, self.rounds, self.scope = density, rounds, scope

@@ -8,9 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sparseft.entries import check_no_entries
 from sparseft.index_lists import index_dtype
 from sparseft.mask import Mask, aliases, fingerprint, match_names
 from sparseft.optim.base import SparseOptimizer
+from sparseft.selection.arguments import check_model
 from sparseft.selection.scopes import layouts
 from sparseft.selection.top_k import top_k
 
@@ -29,8 +31,12 @@ def whole_mask(
     include: patterns of the parameters to choose from; those named by `default` if it is None, or all.
 
     Raises:
+        RuntimeError: the model's gradients are compact.
+        TypeError: the model is none.
         ValueError: the optimizer trains nothing of the model, a pattern matches nothing, or nothing may be chosen.
     """
+    check_model(model)
+    check_no_entries(model)
     trains = {id(param) for group in optimizer.param_groups for param in group["params"]}
     parameters = {name: p for name, p in model.named_parameters() if id(p) in trains and p.requires_grad}
     if not parameters:
@@ -80,6 +86,7 @@ def linear_weights(model: nn.Module) -> dict[str, int]:
     A weight that a layer of another kind uses too, as a tied embedding does, is none. Nor are those of layers that
     other modules read the weights of, as multi-head attention does.
     """
+    check_model(model)
     owners: dict[int, list[nn.Module]] = {}
     for module in model.modules():
         for parameter in module.parameters(recurse=False):

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sparseft.schedules.draws import generator_at
 from sparseft.schedules.substitution import Substitution
-from sparseft.selection.arguments import check_whole
+from sparseft.selection.arguments import check_number, check_whole
 
 
 class Mixing:
@@ -38,9 +38,10 @@ class Mixing:
     def __init__(
         self, model: nn.Module, inputs: Mapping[str, int | None], p: float, seed: int, step: Callable[[], int | None]
     ) -> None:
+        check_number("the probability of pretrained weights", p)
+        check_whole("seed", seed)
         if not 0 <= p < 1:
             raise ValueError(f"the probability of pretrained weights must lie in [0, 1), got {p}")
-        check_whole("seed", seed)
         self.p, self.seed, self._step, self._inputs = p, seed, step, dict(inputs)
         parameters = dict(model.named_parameters())
         self.pretrained = {name: parameters[name].detach().clone() for name in inputs}

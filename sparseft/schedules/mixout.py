@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from sparseft.mask import Mask, match_names
+from sparseft.mask import Mask, check_mask, match_names
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.schedules.masks import linear_weights, whole_mask
@@ -48,6 +48,7 @@ class Mixout(Schedule):
         seed: int = 0,
     ) -> None:
         mask = whole_mask(model, optimizer, None, ()) if mask is None else mask
+        check_mask(mask)
         inputs = [name for name in linear_weights(model) if name in mask or name in mask.dense]
         left_out = match_names(exclude, inputs, "exclude")
         inputs = [name for name in inputs if name not in left_out]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparseft.mask import Mask
+from sparseft.mask import Mask, check_mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.selection import checked_method, select
@@ -33,7 +33,7 @@ class Refresh(Schedule):
             `lambda model: sparseft.select("fish", model, loader, density=0.005)`. It is called with gradients enabled.
 
     Raises:
-        TypeError: every is not a whole number.
+        TypeError: every is not a whole number, or choose cannot be called.
         ValueError: every is below 1, or the optimizer trains other entries than the mask's.
 
     Source: FISH's masks of every epoch, arXiv 2111.09839; there, momentum goes on moving what is no longer selected.
@@ -51,6 +51,11 @@ class Refresh(Schedule):
         check_whole("every", every)
         if every < 1:
             raise ValueError(f"every must be at least 1 optimizer step, got {every}")
+        if not callable(choose):
+            raise TypeError(
+                f"choose must be called with the model and return the next mask, got {choose!r}; a method by name is "
+                "Refresh.by_method's"
+            )
         self.every, self._choose = every, choose
         super().__init__(model, optimizer, mask)
 
@@ -87,6 +92,7 @@ class Refresh(Schedule):
             ValueError: there is no such method, it chooses by names alone, its data is missing or can be read but
                 once, an option is out of range, or what the schedule raises.
         """
+        check_mask(mask)
         if not options.keys() & {"density", "k", "per_group"}:
             options["k"] = mask.k
         _check_choice(model, method, data, seed, options)
@@ -110,6 +116,8 @@ class Refresh(Schedule):
         if self.steps % self.every == 0:
             with torch.enable_grad():
                 mask = self._choose(self.model)
+            if not isinstance(mask, Mask):
+                raise TypeError(f"choose must return the next mask, got {type(mask).__name__}; have it return one")
             if (mask.shapes, mask.dense) != (self.mask.shapes, self.mask.dense):
                 raise ValueError(
                     f"choose must return a mask of the same parameters as before, got one that selects from "

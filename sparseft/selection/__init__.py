@@ -214,6 +214,8 @@ def selectable(
 
 def checked_method(name: str, model: object, data: object, seed: object, options: Mapping[str, Any]) -> Method:
     """Return the method, or raise before anything is computed."""
+    if not isinstance(name, str):
+        raise TypeError(f"the method must be given by name, before the model, got {type(name).__name__}")
     if name not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}, got {name!r}")
     check_model(model)

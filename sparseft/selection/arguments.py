@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Integral
+from numbers import Integral, Real
 
 from torch import nn
 
@@ -23,6 +23,14 @@ def check_whole(name: str, value: object, otherwise: str = "") -> None:
     """Raise unless an argument is a whole number; True and False are none."""
     if not isinstance(value, Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number{otherwise}, got {value!r}")
+
+
+def check_number(name: str, value: object) -> None:
+    """Raise unless an argument is a finite number; True and False are none."""
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_model(model: object) -> None:

@@ -102,12 +102,18 @@ def check_density(density: float | None, k: int | None = None) -> None:
     """Raise unless exactly one of density and k is given and in range."""
     if (density is None) == (k is None):
         raise ValueError(f"give either density or k, got density={density} and k={k}")
-    if density is not None and (isinstance(density, bool) or not isinstance(density, (int, float))):
-        raise TypeError(f"density must be a number in (0, 1], got {density!r}; 0.005 selects half a percent")
-    if density is not None and not 0 < density <= 1:
-        raise ValueError(f"density must lie in (0, 1], got {density}; 0.005 selects half a percent")
     if k is not None:
         check_count("k", k)
+    else:
+        check_share(density)
+
+
+def check_share(density: object) -> None:
+    """Raise unless a density is a number in range."""
+    if isinstance(density, bool) or not isinstance(density, (int, float)):
+        raise TypeError(f"density must be a number in (0, 1], got {density!r}; 0.005 selects half a percent")
+    if not 0 < density <= 1:
+        raise ValueError(f"density must lie in (0, 1], got {density}; 0.005 selects half a percent")
 
 
 def count_at(density: float, n: int) -> int:

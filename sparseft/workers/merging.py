@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -40,10 +41,12 @@ def merge(
         same in all.
 
     Raises:
-        TypeError: one is not a Delta.
+        TypeError: one is not a Delta, or a weight no number.
         ValueError: there is none; they are of other bases, parameters or dtypes; entries overlap; a worker is missing;
             or weights do not fit.
     """
+    if isinstance(deltas, Delta):
+        raise TypeError("merge takes a list of deltas, got one Delta; put it in a list")
     deltas = list(deltas)
     _check_together(deltas)
     shares = _checked_weights(weights, len(deltas))
@@ -134,6 +137,8 @@ def _differing(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> str:
 def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]:
     if weights is None:
         return [1.0] * count
+    if any(isinstance(weight, bool) or not isinstance(weight, Real) for weight in weights):
+        raise TypeError(f"weights must be {count} positive numbers, one a delta, got {list(weights)}")
     shares = [float(weight) for weight in weights]
     if len(shares) != count or not all(0 < share < math.inf for share in shares):
         raise ValueError(f"weights must be {count} positive numbers, one a delta, got {list(weights)}")
@@ -148,11 +153,14 @@ def _common_info(infos: Sequence[Mapping[str, Any]], partial: bool) -> dict[str,
     if len(counts) != 1 or not all(parts):
         return common
     (of,) = counts
-    there = sorted({number for part in parts if part for number in part["parts"]})
+    numbers = [number for part in parts if part for number in part["parts"]]
+    there = sorted(set(numbers))
     missing = [number for number in range(of) if number not in there]
     if missing and not partial:
+        twice = [number for number in there if numbers.count(number) > 1]
         raise ValueError(
-            f"the deltas of all {of} workers of a split must be there, got none of {missing}; add them, or have "
-            "their entries stay as they are in the base (partial)"
+            f"the deltas of all {of} workers of a split must be there, got none of {missing}"
+            f"{f' and several of {twice}' if twice else ''}; add them, or have their entries stay as they are in the "
+            "base (partial)"
         )
     return {**common, "workers": {"of": of, "parts": there}}
