@@ -239,15 +239,20 @@ def inspect(
 ) -> None:
     """Show what a mask or delta file holds."""
     with _results() as results:
+        from sparseft import files
         from sparseft.delta import Delta
         from sparseft.integrations import checkpoint
         from sparseft.mask import Mask
 
         file = file / checkpoint.DELTA if file.is_dir() else file
-        try:
-            kind, mask = "mask", Mask.load(file)
-        except ValueError:
-            kind, mask = "delta", Delta.load(file).mask
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is not a file; give a mask or delta, or a folder that `train` wrote")
+        found = files.places(file)[1].get("format", "")
+        kinds = {"sparseft mask 1": "mask", "sparseft delta 1": "delta"}
+        if found not in kinds:
+            raise ValueError(f"{file} must be a mask or delta file, got {found or 'safetensors of another program'!r}")
+        kind = kinds[found]
+        mask = Mask.load(file) if kind == "mask" else Delta.load(file).mask
         results |= {"kind": kind, "bytes": file.stat().st_size, **_described(mask), "info": mask.info}
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import sparseft
@@ -483,7 +484,14 @@ def test_merge_refuses_what_does_not_fit(bert, data, tmp_path):
     )
     delta.write_bytes(delta.read_bytes()[:-100])
     assert "is not a readable delta" in run("merge", tmp_path / "out", "-o", tmp_path / "merged", expect=2)
-    assert run("inspect", delta, expect=2)
+    assert "is not a readable safetensors file" in run("inspect", delta, expect=2)
+    damaged = bytearray((tmp_path / "random.mask").read_bytes())
+    damaged[-1] ^= 1
+    (tmp_path / "damaged.mask").write_bytes(damaged)
+    assert "damaged.mask is damaged" in run("inspect", tmp_path / "damaged.mask", expect=2)
+    assert "give a mask or delta, or a folder that `train` wrote" in run("inspect", tmp_path, expect=2)
+    save_file({"weight": torch.ones(2)}, tmp_path / "foreign")
+    assert "got 'safetensors of another program'" in run("inspect", tmp_path / "foreign", expect=2)
     assert not (tmp_path / "merged").exists()
     assert not (tmp_path / "again").exists()
 

@@ -134,6 +134,8 @@ def test_encoder_and_decoder_have_one_pattern():
 
 
 def test_models_without_layers_are_refused():
+    with pytest.raises(ValueError, match=r"must be names of lists of modules, got \['encoder'\]"):
+        find_layers(nn.Sequential(nn.Linear(2, 2)), "encoder")
     with pytest.raises(ValueError, match=r"Sequential has no layers.*stacks="):
         find_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU()))
     model = nn.ModuleDict({"a": nn.Sequential(nn.Linear(2, 2), nn.ReLU()), "b": nn.ModuleList([nn.Linear(2, 2)] * 2)})

@@ -303,3 +303,19 @@ def test_plans_do_not_depend_on_the_data():
     model = models.make("bert")
     found = plan(SPACES["bert"], model, BUDGET, lora_targets=["query", "value"])
     assert found == applied("bert")[1].plan
+
+
+@pytest.mark.parametrize("other", ["s4", "space.json", None])
+def test_a_space_is_a_space(other):
+    with pytest.raises(TypeError, match=r"space must be a Space, got (str|NoneType); Space.load reads"):
+        apply_space(other, models.make("bert"), BUDGET, method="magnitude")
+
+
+def test_a_plan_is_attached_to_a_model_that_has_its_layers():
+    _, found = applied("bert")
+    other = torch.nn.ModuleDict({"bert": torch.nn.Linear(2, 2)})
+    with pytest.raises(ValueError, match=r"the plan is of another model: bert.encoder.* are not in this ModuleDict"):
+        attach(found.plan, other)
+    assert [name for name, _ in other.named_modules()] == ["", "bert"]
+    with pytest.raises(TypeError, match="attach takes a Plan, got Space"):
+        attach(SPACES["bert"], models.make("bert"))

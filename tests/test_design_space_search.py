@@ -156,6 +156,17 @@ def test_logs_of_something_else_are_refused(change, message, tmp_path):
     assert log.read_bytes() == before
 
 
+@pytest.mark.parametrize("returned", [None, "good", [1.0, 2.0]])
+def test_a_figure_is_a_number(returned):
+    with pytest.raises(TypeError, match=r"evaluate must return a number, got"):
+        search(lambda space: returned, OPTIONS)
+
+
+def test_a_function_comes_first_and_options_after_it():
+    with pytest.raises(TypeError, match="takes a function that judges a Space, then Options, got Options and"):
+        search(OPTIONS, separable)
+
+
 def test_impossible_spaces_are_not_drawn():
     def possible(space):
         return space.grouping != "uniform" and all("B" not in space.strategies[i - 1] for i in space.tunable)

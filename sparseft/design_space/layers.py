@@ -56,7 +56,7 @@ def find_layers(model: nn.Module, stacks: Sequence[str] | None = None) -> list[l
                 "its lists with stacks="
             )
     else:
-        found = list(stacks)
+        found = [stacks] if isinstance(stacks, str) else list(stacks)
         unknown = [name for name in found if name not in lists or not len(lists[name])]
         if unknown or not found:
             raise ValueError(f"stacks must be names of lists of modules, got {unknown}; there are {list(lists)[:6]}")

@@ -11,7 +11,7 @@ from torch import nn
 from sparseft.design_space.costs import Cost, Costs
 from sparseft.design_space.layers import Layer, find_layers
 from sparseft.design_space.sizes import allocate
-from sparseft.design_space.space import STRATEGIES, Space
+from sparseft.design_space.space import STRATEGIES, Space, check_space
 
 Remainder = Literal["error", "sparse", "leave"]
 
@@ -110,9 +110,11 @@ def plan(
             is missing; "leave": fewer weights train than the budget allows.
 
     Raises:
+        TypeError: the space is none, or the budget no whole number.
         ValueError: the model has no layers, or not what a strategy needs; a group's budget is too small for a
             strategy, larger than all it could train, or cannot be met exactly: the message says which and by how much.
     """
+    check_space(space)
     if remainder not in _REMAINDERS:
         raise ValueError(f"remainder must be one of {', '.join(_REMAINDERS)}, got {remainder!r}")
     if isinstance(budget, bool) or not isinstance(budget, int):

@@ -106,9 +106,15 @@ def search(
         The path: every choice with its mean, and the space that was found.
 
     Raises:
+        TypeError: evaluate is no function, or what it returns no number.
         ValueError: a figure is not finite; the log is of another search; or no choice of a stage is possible.
     """
     options = options or Options()
+    if not callable(evaluate) or not isinstance(options, Options):
+        raise TypeError(
+            f"search takes a function that judges a Space, then Options, got {type(evaluate).__name__} and "
+            f"{type(options).__name__}"
+        )
     record = Log(log, options.plain())
     same = _same(options)
     distinct = tuple(value for value in options.allocations if ("allocation", value) not in same)
@@ -167,7 +173,7 @@ def _judge(
         what = {"stage": stage, "choice": value if isinstance(value, str) else list(value), "space": space.plain()}
         figure = record.get(what)
         if figure is None:
-            figure = float(evaluate(space))
+            figure = _figure(evaluate(space))
             if not math.isfinite(figure):
                 raise ValueError(
                     f"evaluate must return a finite number, got {figure} for {space}; return the worst figure there "
@@ -231,3 +237,10 @@ def _subsets(values: Sequence[Any] | range) -> list[tuple[Any, ...]]:
     """Return every subset but the empty one, small ones first."""
     sizes = range(1, len(values) + 1)
     return [subset for size in sizes for subset in itertools.combinations(values, size)]
+
+
+def _figure(returned: object) -> float:
+    try:
+        return float(returned)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"evaluate must return a number, got {returned!r}; return the figure of the space") from error

@@ -166,3 +166,12 @@ PRESETS = {
     "s4": Space(("AL", "AP", "ABP", "BLP")),
     "s4-3b": Space(("LP", "AL", "BLP", "ABP")),
 }
+
+
+def check_space(space: object) -> None:
+    """Raise unless an argument is a space."""
+    if not isinstance(space, Space):
+        raise TypeError(
+            f"space must be a Space, got {type(space).__name__}; Space.load reads one from a file, Space.preset has "
+            "the paper's"
+        )

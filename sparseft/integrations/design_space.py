@@ -15,7 +15,7 @@ from sparseft.design_space.adapter import BottleneckAdapter, attach_adapter
 from sparseft.design_space.costs import heads_of
 from sparseft.design_space.entries import choose_entries
 from sparseft.design_space.plan import Plan, Remainder, plan
-from sparseft.design_space.space import Space
+from sparseft.design_space.space import Space, check_space
 from sparseft.integrations import prefix
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
 
@@ -81,10 +81,11 @@ def apply_space(
 
     Raises:
         RuntimeError: peft is missing and the space has LoRA or prefixes.
-        TypeError: an option of LoRA is no number.
+        TypeError: the space is none, or an option of LoRA or the budget no number.
         ValueError: the space does not fit the model or the budget, see `plan`; the selection is refused, see
             `select`; an option of LoRA is out of range; or the model has been adapted before.
     """
+    check_space(space)
     _check_fresh(model)
     targets = lora_targets if lora_targets is not None else _default_targets(space, model)
     found = plan(space, model, budget, lora_targets=targets, stacks=stacks, remainder=remainder)
@@ -104,10 +105,12 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
 
     Raises:
         RuntimeError: peft is missing, or attached something else than was planned.
-        TypeError: an option of LoRA is no number.
-        ValueError: the model cannot take what the plan has, or has been adapted before; an option is out of range.
+        TypeError: what is to be attached is no plan, or an option of LoRA is no number.
+        ValueError: the model is not the plan's, cannot take what it has, or has been adapted before; an option is out
+            of range.
     """
     _check_fresh(model)
+    _check_planned(found, model)
     _check_attachable(found, model, lora_scale, lora_dropout)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     before = sum(parameter.numel() for parameter in model.parameters())
@@ -196,6 +199,18 @@ def _default_targets(space: Space, model: Any) -> Sequence[str]:
     if not isinstance(targets, list):
         raise ValueError(f"peft has no list of layers for LoRA in models of type {kind!r}; name them by lora_targets=")
     return targets
+
+
+def _check_planned(found: object, model: nn.Module) -> None:
+    if not isinstance(found, Plan):
+        raise TypeError(f"attach takes a Plan, got {type(found).__name__}; plan makes one, apply_space too")
+    there = {name for name, _ in model.named_modules()}
+    missing = [name for letter in "ALP" for part in found.parts(letter) for name in part.names if name not in there]
+    if missing:
+        raise ValueError(
+            f"the plan is of another model: {missing[0]} and {len(missing) - 1} more of its modules are not in this "
+            f"{type(model).__name__}; load the base that it was made for"
+        )
 
 
 def _check_attachable(found: Plan, model: Any, lora_scale: float, lora_dropout: float) -> None:
