@@ -38,7 +38,7 @@ class Mask(Mapping[str, Tensor]):
         fingerprint: parameter name -> hash of the base model's weights, from `fingerprint`.
 
     Raises:
-        TypeError: an index list is not an integer tensor.
+        TypeError: an index list is not an integer tensor, or dense is no mapping.
         ValueError: an index list is unsorted, repeats, or leaves its parameter, or names are missing from shapes.
     """
 
@@ -52,6 +52,11 @@ class Mask(Mapping[str, Tensor]):
         info: Mapping[str, Any] | None = None,
         fingerprint: Mapping[str, str] | None = None,
     ):
+        if dense is not None and not isinstance(dense, Mapping):
+            raise TypeError(
+                f"dense must map parameter names to shapes, got {dense!r}; patterns are for sparseft.select, which "
+                "knows the model"
+            )
         self.shapes = {name: tuple(shape) for name, shape in shapes.items()}
         self.dense = {name: tuple(shape) for name, shape in (dense or {}).items()}
         self.aliases = dict(aliases or {})

@@ -271,3 +271,8 @@ def test_a_mask_is_shown_in_one_line():
     model = torch.nn.Sequential(*(torch.nn.Linear(2, 2) for _ in range(5)))
     many = sparseft.select("random", model, k=4, dense="*bias")
     assert repr(many).endswith("dense=['0.bias', '1.bias', '2.bias'] and 2 more)")
+
+
+def test_dense_parameters_are_given_with_their_shapes():
+    with pytest.raises(TypeError, match=r"dense must map parameter names to shapes, got 'head\.\*'; patterns are for"):
+        sparseft.top_k({"a": torch.arange(1.0, 5.0)}, k=2, dense="head.*")

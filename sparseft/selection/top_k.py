@@ -65,7 +65,8 @@ def top_k(
             says; the first and the second where it is missing.
         unscored: parameter name -> shape, of parameters that count in the density, but cannot be selected.
         progress: show a bar, if files are read for longer than two seconds.
-        mask_options: passed on to Mask.
+        mask_options: dense, aliases, info and fingerprint, as `Mask` takes them: dense is parameter name -> shape, and
+            no pattern.
 
     Raises:
         FileNotFoundError: a file is not there.
@@ -81,7 +82,7 @@ def top_k(
     with _held(scores, progress) as held:
         total = sum(score.numel() for score in held.values())
         if not total:
-            raise ValueError("there is nothing to select from: no parameter is selectable; check include and exclude")
+            raise ValueError("there is nothing to select from: no scores were given, or none but of empty parameters")
         shapes = {**{name: score.shape for name, score in held.items()}, **(unscored or {})}
         count = k
         if density is not None:
