@@ -22,14 +22,13 @@ from sparseft.mask import Mask
 from sparseft.optim import SparseAdamW
 
 # Peak learning rates, from one sweep (benchmarks/results/sweep-*.csv). Sparse methods want far higher ones than full
-# fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something. Those of other
-# methods were not swept: they are as for what is chosen in the same way. BitFit's is three times the largest of its
-# paper, with which 120 steps on TREC-6 were not enough.
+# fine-tuning, and a new head, which starts from nothing, a higher one than weights that know something. Those with a
+# note were not swept: they are as for what is chosen in the same way.
 DEFAULT_LR = {
     "fish": 1e-3,
     "ird": 1e-3,  # as for fish: the entries are of the same kind
     "sift": 1e-3,
-    "child_tuning": 1e-3,  # as for fish
+    "child_tuning": 1e-3,
     "gps": 1e-3,  # as for sift
     "snip": 1e-3,  # as for sift
     "bitfit": 3e-3,
