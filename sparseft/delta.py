@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files, ops  # noqa: F401  (ops registers torch.ops.sparseft)
-from sparseft.mask import Mask, check_mask, fingerprint
+from sparseft.mask import OTHERS_TRAINED, Mask, check_mask, fingerprint
 
 _VALUES, _DENSE = "values.", "dense."
 
@@ -77,10 +77,15 @@ class Delta:
 
         Raises:
             TypeError: the mask is none.
-            ValueError: the mask is of another model, or something outside of it changed.
+            ValueError: the mask is of another model, or something outside of it changed or was trained too.
         """
         check_mask(mask)
         mask.check(model)
+        if mask.info.get(OTHERS_TRAINED):
+            raise ValueError(
+                "a schedule trained weights outside of this mask before: base and delta would not make this model; "
+                "save the model whole, or a delta of the union of all its masks"
+            )
         if check_weights:
             _check_rest(model, mask)
         parameters = {name: parameter.detach() for name, parameter in model.named_parameters()}

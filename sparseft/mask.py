@@ -20,6 +20,9 @@ from sparseft.index_lists import PACKED, check_packed, count, index_dtype, posit
 _PREFIX = "indices."
 _SHOWN = 3  # names in a repr
 
+# in the info of a mask that a schedule chose: it trained weights outside of it before
+OTHERS_TRAINED = "others_trained"
+
 
 class Mask(Mapping[str, Tensor]):
     """Selected entries of a model's parameters: a mapping from parameter name to index list.

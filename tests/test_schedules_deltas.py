@@ -6,7 +6,7 @@ from resuming import parts_through_file
 from torch import nn
 
 import sparseft
-from sparseft.schedules import LTSFT, DiffPruning, DropGrow
+from sparseft.schedules import DPS, LTSFT, DiffPruning, DPSMix, DropGrow, Refresh
 
 MADE = [
     (LTSFT, {"density": 0.2, "steps": 2}),
@@ -73,3 +73,31 @@ def test_so_it_is_of_a_run_whose_schedule_was_made_with_weights_that_had_moved(s
     optimizer.load_state_dict(states[2])
     run(resumed, optimizer, range(until, 8))
     assert_of_base_alone(resumed, its, tmp_path / "delta")
+
+
+@pytest.mark.parametrize("schedule", [DPS, DPSMix])
+def test_the_mask_of_a_stage_makes_no_delta(schedule, tmp_path):
+    """Stage one trained what it does not hold."""
+    model = net()
+    optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-2)
+    its = schedule(model, optimizer, 0.5, stage_steps=2)
+    run(model, optimizer, range(3))
+    with pytest.raises(ValueError, match="save the model whole"):
+        sparseft.save_delta(model, its.mask, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()
+
+
+def test_a_mask_chosen_later_makes_a_delta_with_those_before_alone(tmp_path):
+    model = net()
+    first = sparseft.select("random", model, density=0.2)
+    optimizer = sparseft.SparseAdamW(first.param_groups(model), lr=1e-2)
+    its = Refresh.by_method(model, optimizer, first, "random", every=2, seed=1)
+    run(model, optimizer, range(3))
+    assert "others_trained" not in first.info
+    with pytest.raises(ValueError, match="union of all its masks"):
+        sparseft.save_delta(model, its.mask, tmp_path / "delta")
+    sparseft.save_delta(model, first.union(its.mask), tmp_path / "delta")
+    base = net()
+    sparseft.load_delta(base, tmp_path / "delta")
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight, base.get_parameter(name)), name

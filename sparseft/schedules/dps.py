@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sparseft.mask import Mask
+from sparseft.mask import OTHERS_TRAINED, Mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.optim.left_out import LeftOut, left_out_states, return_states
 from sparseft.schedules.base import Schedule
@@ -143,7 +143,13 @@ class DPS(Schedule):
         return self._ranked(self._scores)
 
     def _ranked(self, scores: dict[str, Tensor]) -> Mask:
-        info = {"method": type(self).__name__, "density_asked": self.density, "scope": self.scope, "step": self.steps}
+        info = {
+            "method": type(self).__name__,
+            "density_asked": self.density,
+            "scope": self.scope,
+            "step": self.steps,
+            OTHERS_TRAINED: True,
+        }
         return ranked(scores, self._whole, self.model, density=self.density, scope=self.scope, info=info)
 
     def _freeze(self, mask: Mask) -> None:

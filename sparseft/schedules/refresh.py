@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sparseft.mask import Mask, check_mask
+from sparseft.mask import OTHERS_TRAINED, Mask, check_mask
 from sparseft.optim.base import SparseOptimizer
 from sparseft.schedules.base import Schedule
 from sparseft.selection import checked_method, select
@@ -125,6 +126,8 @@ class Refresh(Schedule):
                     f"{len(self.mask.dense)} whole, or others; select with the same include, exclude and dense, and "
                     "freeze nothing in between"
                 )
+            mask = copy.copy(mask)
+            mask.info = {**mask.info, OTHERS_TRAINED: True}
             self._set_mask(mask)
 
 
