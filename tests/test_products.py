@@ -1,5 +1,6 @@
 """Products of linear layers by either library: exact to fp32 rounding, whatever the strides, and no views."""
 
+import compacts
 import pytest
 import torch
 
@@ -18,7 +19,13 @@ def library(request, monkeypatch):
     monkeypatch.setattr(products, "_FEWEST_ROWS", 1)
     monkeypatch.setattr(products, "_SMALLEST_WEIGHT", 1)
     monkeypatch.setattr(products, "_SMALLEST_GRADIENT", 1)
+    monkeypatch.setattr(products, "_SMALLEST_PRODUCT", 1)
     return request.param
+
+
+def mlp():
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 3))
 
 
 def strided(tensor):
@@ -65,6 +72,44 @@ def test_other_dtypes_stay_with_torch(library, dtype):
     torch.testing.assert_close(products.linear(x, weight), torch.nn.functional.linear(x, weight))
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 5, 7), (17, 33, 9), (130, 96, 200), (0, 5, 4), (3, 0, 4), (3, 5, 0)])
+@pytest.mark.parametrize("live", ["all", "all but the first token", "first half", "last of one sample", "none"])
+@pytest.mark.parametrize("layout", ["plain", "transposed weight", "strided"])
+@pytest.mark.parametrize("dtype", testing.DTYPES)
+def test_input_gradient(library, shape, live, layout, dtype):
+    tokens, out, inside = shape
+    place = torch.arange(2 * tokens).view(2, tokens, 1)
+    rows = {
+        "all": place >= 0,
+        "all but the first token": place % max(tokens, 1) > 0,
+        "first half": place % max(tokens, 1) < tokens // 2,
+        "last of one sample": place == 2 * tokens - 1,
+        "none": place < 0,
+    }
+    dy = (torch.randn(2, tokens, out) * rows[live]).to(dtype)  # zeros of both signs
+    weight = (torch.randn(inside, out).T if layout == "transposed weight" else torch.randn(out, inside)).to(dtype)
+    if layout == "strided":
+        dy, weight = strided(dy), strided(weight)
+    dx, want = products.input_gradient(dy, weight), dy.double() @ weight.double()
+    assert dx.dtype == dtype
+    assert dx.shape == want.shape
+    assert dx.is_contiguous()
+    assert dx._base is None
+    tolerance = max(1e-5, torch.finfo(dtype).eps)
+    assert not want.numel() or float((dx - want).abs().max()) <= tolerance * float(want.abs().max())
+
+
+def test_rows_that_are_zero_are_not_multiplied(library):
+    """Seen by a weight that is infinite. NaN is not zero, wherever it stands in its row."""
+    dy, weight = torch.zeros(2, 8, 20), torch.full((20, 3), torch.inf)
+    dy[:, 0, 18] = 1
+    dx = products.input_gradient(dy, weight)
+    assert bool(dx[:, 0].isnan().all())  # 0 * inf beside 1 * inf
+    assert bool((dx[:, 1:] == 0).all())
+    dy[0, 3, 0] = torch.nan
+    assert bool(products.input_gradient(dy, weight)[0, 3].isnan().all())
+
+
 @pytest.mark.parametrize(
     "shape", [(1, 1, 1), (17, 33, 9), (130, 5, 200), (130, 200, 1), (0, 5, 4), (3, 0, 4), (3, 5, 0)]
 )
@@ -90,17 +135,25 @@ def test_weight_gradient(library, shape, layout, dtype, device):
     assert not want.numel() or float((gradient - want).abs().max()) <= 1e-5 * float(want.abs().max())
 
 
-def test_fisher_is_exact_with_either(library):
-    torch.manual_seed(0)
-    model = torch.nn.Sequential(torch.nn.Linear(24, 40), torch.nn.GELU(), torch.nn.Linear(40, 3))
+@pytest.mark.parametrize("last", [1, 5])
+def test_fisher_is_exact_with_either(library, last):
+    """Where the loss looks at all tokens, and where the rows of all but the first are left out."""
+    model = mlp()
     data = [{"input": torch.randn(6, 5, 24)}]
 
     def loss(model, batch):
-        return model(batch["input"]).square().mean((1, 2))
+        return model(batch["input"])[:, :last].square().mean((1, 2))
 
     got, want = (f(model, data, loss=loss) for f in (estimate_fisher, batch_one_fisher))
     for name in want:
         assert float((got[name] - want[name]).abs().max()) <= 1e-5 * float(want[name].max()), name
+
+
+@pytest.mark.parametrize("last", [1, 5])
+def test_compact_gradients_are_exact_with_either(library, last):
+    model, x = mlp(), torch.randn(6, 5, 24)
+    mask = compacts.mask_of(model)
+    compacts.assert_same_gradients(model, mask, lambda model: model(x)[:, :last].square().mean())
 
 
 def test_what_is_preferred_is_there():

@@ -15,7 +15,7 @@ from sparseft import ops  # noqa: F401  (registers torch.ops.sparseft)
 from sparseft.compact import bands
 from sparseft.compact.selection import Selection
 from sparseft.entries import entries_of
-from sparseft.products import autocast_dtype, linear
+from sparseft.products import autocast_dtype, input_gradient, linear
 
 
 class _Linear(torch.autograd.Function):
@@ -49,7 +49,7 @@ class _Linear(torch.autograd.Function):
         grad = dx = bias_grad = None
         if ctx.needs_input_grad[1]:
             matrix = weight.to(ctx.dtype)
-            dx = linear(dy, matrix if ctx.transposed else matrix.T)
+            dx = input_gradient(dy, matrix.T if ctx.transposed else matrix)
         dy_rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
         if x is not None:
             x_rows = x.reshape(len(dy_rows), x.shape[-1])

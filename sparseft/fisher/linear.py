@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.fisher.contribution import Outer, Vector
-from sparseft.products import autocast_dtype, linear
+from sparseft.products import autocast_dtype, input_gradient, linear
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -46,7 +46,7 @@ class _Linear(torch.autograd.Function):
             capture.emit(bias_use, Vector(capture.by_sample(dy, bias_use).sum(1, dtype=torch.float32)))
         dx = None
         if ctx.needs_input_grad[4]:
-            dx = linear(dy, weight if ctx.conv1d else weight.T)
+            dx = input_gradient(dy, weight.T if ctx.conv1d else weight)
         return None, None, None, None, dx, None, None
 
 
