@@ -195,3 +195,23 @@ def test_a_benchmark_runs_and_is_recorded(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["role"] for row in rows] == ["ours", "baseline"]
     assert all(float(row["median"]) > 0 and row["commit"] and row["torch"] for row in rows)
+
+
+def test_where_the_time_of_a_workload_goes(tmp_path):
+    program = f"""
+import sys
+sys.path.insert(0, {str(BENCHMARKS)!r})
+import pathlib, operations, provenance
+provenance.RESULTS = pathlib.Path({str(tmp_path)!r})
+sys.argv[1:] = "here estimate_fisher cpu MiniLM 1 2 8".split()
+operations.main()
+"""
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    with (tmp_path / "operations-here.csv").open(newline="") as file:
+        rows = {row["operation"]: row for row in csv.DictReader(file)}
+    assert "sparseft::fisher_linear_" in rows
+    assert {row["workload"] for row in rows.values()} == {"estimate_fisher cpu MiniLM 1 2 8"}
+    shares = {name: float(row["share"]) for name, row in rows.items()}
+    assert abs(sum(shares.values()) - 1) < 0.01
+    assert all(0 < share < 1 for share in shares.values()), shares
