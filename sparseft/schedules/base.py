@@ -122,6 +122,7 @@ class Schedule:
         self._check_state(state, mask)
         self._set_mask(mask)
         self.steps, self.skipped = state["steps"], state["skipped"]
+        self._load(state)
 
     def _options(self) -> dict[str, Any]:
         """Return the options that a state must agree with, as plain values."""
@@ -129,6 +130,9 @@ class Schedule:
 
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         """Raise unless the parts of a state that a schedule adds are whole. mask: the state's."""
+
+    def _load(self, state: dict[str, Any]) -> None:
+        """Take over the parts of a state that a schedule adds, once it is checked and the mask is the state's."""
 
     def _awaited(self) -> tuple[int, str] | None:
         """Return the step whose choice a run must not end before, and the option that says so; None where none is."""

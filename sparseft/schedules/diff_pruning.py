@@ -122,26 +122,19 @@ class DiffPruning(Schedule):
         gates = None if self._gates is None else self._gates.state_dict()
         return {**super().state_dict(), "pretrained": self._pretrained, "gates": gates}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        learning = state["steps"] < self.gate_steps
+        check_parts("pretrained", state["pretrained"], mask.shapes if learning else {})
+        structured, steps = self._gate_options["structured"], state["steps"]
+        check_parts("gates", state["gates"], shapes_of_gates(mask.shapes, structured, steps) if learning else None)
 
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
         weights = self._weights()
         self._pretrained = {name: saved.to(weights[name], copy=True) for name, saved in state["pretrained"].items()}
         self._gates = None
         if state["gates"] is not None:
             self._gates = self._new_gates()
             self._gates.load_state_dict(state["gates"])
-
-    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
-        learning = state["steps"] < self.gate_steps
-        check_parts("pretrained", state["pretrained"], mask.shapes if learning else {})
-        structured, steps = self._gate_options["structured"], state["steps"]
-        check_parts("gates", state["gates"], shapes_of_gates(mask.shapes, structured, steps) if learning else None)
 
     def _awaited(self) -> tuple[int, str] | None:
         return self.gate_steps, "steps="

@@ -86,25 +86,18 @@ class DPS(Schedule):
         """Return what the schedule knows: where it is, scores, and the states that are kept for stage one."""
         return {**super().state_dict(), "scores": self._scores, "left_out": self._left_out}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
+    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
+        in_stage_one = self._stage_at(state["steps"]) == 1
+        check_parts("scores", state["scores"], mask.shapes if in_stage_one else {})
+        check_left_out(state["left_out"], mask, self.optimizer, self.model)
 
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
+    def _load(self, state: dict[str, Any]) -> None:
         parameters = dict(self.model.named_parameters())
         self._scores = {name: kept.to(parameters[name].device, copy=True) for name, kept in state["scores"].items()}
         self._left_out = {
             name: (left.to(parameters[name].device, copy=True), _copied(kept, parameters[name].device))
             for name, (left, kept) in state["left_out"].items()
         }
-
-    def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
-        in_stage_one = self._stage_at(state["steps"]) == 1
-        check_parts("scores", state["scores"], mask.shapes if in_stage_one else {})
-        check_left_out(state["left_out"], mask, self.optimizer, self.model)
 
     def _awaited(self) -> tuple[int, str] | None:
         return self.stage_steps[0], "stage_steps= or total_steps="

@@ -66,22 +66,16 @@ class DPSMix(DPS):
         """Return what the schedule knows; the pretrained weights are part of it."""
         return {**super().state_dict(), "frequency": self._frequency, "pretrained": self._mixing.pretrained}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
-
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
-        for own, saved in ((self._frequency, "frequency"), (self._mixing.pretrained, "pretrained")):
-            for name, values in own.items():
-                values.copy_(state[saved][name])
-
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         super()._check_state(state, mask)
         check_parts("frequency", state["frequency"], shapes(self._frequency))
         check_parts("pretrained", state["pretrained"], shapes(self._mixing.pretrained))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        super()._load(state)
+        for own, saved in ((self._frequency, "frequency"), (self._mixing.pretrained, "pretrained")):
+            for name, values in own.items():
+                values.copy_(state[saved][name])
 
     def _stop(self) -> None:
         super()._stop()

@@ -71,18 +71,11 @@ class DropGrow(Schedule):
         """Return what the schedule knows; the pretrained values of the selected entries are part of it."""
         return {**super().state_dict(), "pretrained": self._pretrained}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
-
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
-        self._pretrained = {name: saved.to(self._flat(name), copy=True) for name, saved in state["pretrained"].items()}
-
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         check_parts("pretrained", state["pretrained"], shapes(mask))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        self._pretrained = {name: saved.to(self._flat(name), copy=True) for name, saved in state["pretrained"].items()}
 
     def _awaited(self) -> tuple[int, str] | None:
         return self.every, "every="

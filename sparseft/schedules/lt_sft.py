@@ -97,19 +97,6 @@ class LTSFT(Schedule):
         chosen = None if self._chosen is None else mask_state(self._chosen)
         return {**super().state_dict(), "start": self._start, "chosen": chosen}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
-
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
-        weights = self._weights()
-        self._start = {name: saved.to(weights[name], copy=True) for name, saved in state["start"].items()}
-        self._chosen = None if state["chosen"] is None else mask_from_state(state["chosen"], self._whole)
-        self._whole.fingerprint = self.mask.fingerprint
-
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         its_round, steps = self._place(state["steps"])
         check_parts("start", state["start"], {} if steps >= self.full_steps else shapes(self._weights()))
@@ -117,6 +104,12 @@ class LTSFT(Schedule):
             check_parts("chosen", state["chosen"], None)
         else:
             mask_from_state(state["chosen"], self._whole)
+
+    def _load(self, state: dict[str, Any]) -> None:
+        weights = self._weights()
+        self._start = {name: saved.to(weights[name], copy=True) for name, saved in state["start"].items()}
+        self._chosen = None if state["chosen"] is None else mask_from_state(state["chosen"], self._whole)
+        self._whole.fingerprint = self.mask.fingerprint
 
     def _awaited(self) -> tuple[int, str] | None:
         return self.steps - self._place(self.steps)[1] + self.full_steps, "steps="

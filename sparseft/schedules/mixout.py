@@ -65,19 +65,12 @@ class Mixout(Schedule):
         """Return what the schedule knows; the pretrained weights are part of it."""
         return {**super().state_dict(), "pretrained": self._mixing.pretrained}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on where another schedule of the same options was; the optimizer's state is to be loaded after this.
-
-        Raises:
-            ValueError: the options or the parameters to choose from are others, or the state is damaged; nothing was
-                changed.
-        """
-        super().load_state_dict(state)
-        for name, values in self._mixing.pretrained.items():
-            values.copy_(state["pretrained"][name])
-
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         check_parts("pretrained", state["pretrained"], shapes(self._mixing.pretrained))
+
+    def _load(self, state: dict[str, Any]) -> None:
+        for name, values in self._mixing.pretrained.items():
+            values.copy_(state["pretrained"][name])
 
     def _stop(self) -> None:
         super()._stop()
