@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from sparseft.integrations import training
+
 ROOT = Path(__file__).resolve().parent.parent
 BENCHMARKS = ROOT / "benchmarks"
 
@@ -195,6 +197,21 @@ def test_a_benchmark_runs_and_is_recorded(tmp_path):
         rows = list(csv.DictReader(file))
     assert [row["role"] for row in rows] == ["ours", "baseline"]
     assert all(float(row["median"]) > 0 and row["commit"] and row["torch"] for row in rows)
+
+
+def test_default_rates_are_those_of_the_sweep():
+    with (BENCHMARKS / "results" / "sweep-cpu2.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["method"] in training.DEFAULT_LR]
+    losses = {}
+    for row in rows:
+        # a head alone has one rate; beside others a new head has that of every method
+        if row["method"] == "head" or float(row["head_lr"]) == training.HEAD_LR:
+            losses.setdefault(row["method"], {})[float(row["lr"])] = float(row["loss"])
+    assert losses.keys() == training.DEFAULT_LR.keys() - {"ird"}
+    for method, of_rates in losses.items():
+        rate = training.DEFAULT_LR[method]
+        assert of_rates[rate] <= 1.02 * min(of_rates.values()), method
+        assert min(of_rates) < rate < max(of_rates), method  # nor would the grid have to go on
 
 
 def test_where_the_time_of_a_workload_goes(tmp_path):
