@@ -193,3 +193,24 @@ def test_numbers_are_whole(options):
     model = net()
     with pytest.raises(TypeError, match="must be a whole number, got"):
         LTSFT(model, sparseft.SparseSGD(model.parameters()), **{"density": 0.1, "steps": 4, **options})
+
+
+def in_two_groups():
+    model = net()
+    biases = [parameter for name, parameter in model.named_parameters() if name.endswith("bias")]
+    weights = [parameter for name, parameter in model.named_parameters() if name.endswith("weight")]
+    optimizer = sparseft.SparseAdamW([{"params": biases, "lr": 1e-1}, {"params": weights}], lr=1e-2)
+    return model, optimizer, LTSFT(model, optimizer, 0.01, FULL, rounds=2, sparse_steps=2)
+
+
+@pytest.mark.parametrize("until", [FULL + 1, FULL + 2, FULL + 3])
+def test_what_a_round_does_not_choose_keeps_its_group_in_the_next_one(until):
+    model, optimizer, _ = in_two_groups()
+    begun = [{id(parameter) for parameter in group["params"]} for group in optimizer.param_groups]
+    run(model, optimizer, range(FULL))
+    held = [{id(parameter) for parameter in group["params"]} for group in optimizer.param_groups]
+    assert held != begun
+    run(model, optimizer, range(FULL, FULL + 2))
+    held = [{id(parameter) for parameter in group["params"]} for group in optimizer.param_groups]
+    assert held == begun
+    assert_resumes(in_two_groups, run, until, 6)

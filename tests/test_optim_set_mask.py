@@ -137,6 +137,16 @@ def test_parameters_stay_in_their_groups_and_new_ones_find_one():
     assert positions(optimizer.param_groups[2]["indices"][0], 7).tolist() == list(range(7))
 
 
+def test_parameters_that_left_come_back_to_their_groups():
+    model, (first, second) = model_and_masks()
+    groups = [{"params": [model[0].weight, model[2].weight], "lr": 0.5}, {"params": [model[0].bias, model[2].bias]}]
+    optimizer = sparseft.SparseAdamW(groups, lr=1.0)
+    for mask in (second, first, second, first.union(second)):  # without the first bias, without the last weight
+        optimizer.set_mask(mask, model)
+    held = [[id(parameter) for parameter in group["params"]] for group in optimizer.param_groups]
+    assert held == [[id(model[0].weight), id(model[2].weight)], [id(model[0].bias), id(model[2].bias)]]
+
+
 def test_named_parameters_keep_the_right_names():
     model, (_, second) = model_and_masks()
     optimizer = sparseft.SparseSGD(model.named_parameters())

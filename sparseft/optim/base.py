@@ -182,13 +182,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         selected keeps its weight and loses its state. Call it between a step and the next backward pass.
 
         Parameters stay in their groups. New ones join the group named `selected` or `dense`, as the mask has them, or
-        the first. One with nothing selected leaves, and comes back as new. Parameters that are not the mask's, because
-        it was selected without them, stay as they are.
+        the first. One with nothing selected leaves, and comes back to its group, without a state. Parameters that are
+        not the mask's, because it was selected without them, stay as they are.
 
         Raises:
             ValueError: the mask is of another model, or none of its parameters is in the optimizer; nothing changes.
         """
-        groups = members(self.param_groups, mask, model)
+        groups = members(self.param_groups, getattr(self, "_homes", {}), mask, model)
         lists = [checked_indices([m.param for m in group], [m.indices for m in group]) for group in groups]
         states: dict[Tensor, dict[str, Any]] = {}
         for group, its_members, its_lists in zip(self.param_groups, groups, lists, strict=True):
@@ -201,6 +201,8 @@ class SparseOptimizer(torch.optim.Optimizer):
                     carry_leaf(member.before, member.param, move)
                     state, names = self.state[member.before], self._state_names(group)
                     states[member.param] = carried_state(state, names, member.param, index, move)
+        held = {weight(param): place for place, group in enumerate(self.param_groups) for param in group["params"]}
+        self._homes = {**getattr(self, "_homes", {}), **held}
         for group, its_members, its_lists in zip(self.param_groups, groups, lists, strict=True):
             group["params"], group["indices"] = [member.param for member in its_members], its_lists
             if "param_names" in group:

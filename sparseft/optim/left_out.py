@@ -52,7 +52,9 @@ def new_state(optimizer: SparseOptimizer, parameter: Tensor, index: Tensor) -> d
 
     index: int32 or int64 [k], positions.
     """
-    group = next(g for g in optimizer.param_groups if any(param is parameter for param in g["params"]))
+    homes = {param: place for place, g in enumerate(optimizer.param_groups) for param in g["params"]}
+    # one that trains nothing now is in no group: that to which it comes back
+    group = optimizer.param_groups[homes.get(parameter, getattr(optimizer, "_homes", {}).get(parameter, 0))]
     state: dict[str, Any] = {}
     make_state(state, group, optimizer._state_names(group), parameter, index)
     return state

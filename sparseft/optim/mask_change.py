@@ -65,12 +65,16 @@ def _is_beginning(positions: Tensor) -> bool:
     return positions.numel() > 0 and int(positions[-1]) == positions.numel() - 1
 
 
-def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -> list[list[Member]]:
+def members(
+    groups: Sequence[Mapping[str, Any]], homes: Mapping[Tensor, int], mask: Mask, model: nn.Module
+) -> list[list[Member]]:
     """Return what a new mask makes of each group.
 
     A parameter stays in its group; one that is new joins the group of its kind, `selected` or `dense`, or the first;
     one of the mask's model with nothing selected leaves. What the mask does not know stays as it is. Parameters come
     in the mask's order, as in an optimizer that is built from it.
+
+    homes: weights that left before -> the number of their group, to which they come back.
 
     Raises:
         ValueError: the mask is of another model, a parameter of it is frozen, or the optimizer has none of them.
@@ -84,13 +88,13 @@ def members(groups: Sequence[Mapping[str, Any]], mask: Mask, model: nn.Module) -
         for param, index, label in zip(group["params"], group["indices"], labels, strict=True):
             if names.get(id(weight(param))) not in known:
                 result[g].append(Member(param, index, label, param))
-    homes = [group.get("name") for group in groups]
+    kinds = [group.get("name") for group in groups]
     found = False
     for wanted in mask.param_groups(model):
         lists = wanted.get("indices") or [None] * len(wanted["params"])
-        home = homes.index(wanted["name"]) if wanted["name"] in homes else 0
+        kind = kinds.index(wanted["name"]) if wanted["name"] in kinds else 0
         for param, index in zip(wanted["params"], lists, strict=True):
-            g, before = owners.get(id(weight(param)), (home, None))
+            g, before = owners.get(id(weight(param)), (homes.get(weight(param), kind), None))
             found |= before is not None
             result[g].append(Member(param, index, names[id(weight(param))], before))
     if not found:
