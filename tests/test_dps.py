@@ -1,5 +1,6 @@
 """DPS against a loop over dense tensors with explicit masks; what it freezes, keeps, and resumes."""
 
+import copy
 import io
 import math
 
@@ -451,3 +452,46 @@ def test_what_is_no_number_no_model_or_compact_is_named():
     with pytest.raises(TypeError, match="the probability of pretrained weights must be a number, got 'a'"):
         DPSMix(model, optimizer, stage_steps=2, mix="a")
     DPS(model, optimizer, stage_steps=2)
+
+
+class WithAnEmptyParameter(nn.Module):
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 8), nn.Linear(8, 2)
+        self.empty = nn.Parameter(torch.empty(0, 3))
+
+    def forward(self, x):
+        return self.second(self.first(x).tanh()) + self.empty.sum()
+
+
+def test_a_run_goes_back_to_a_state_of_stage_two_that_trains_nothing_of_a_parameter():
+    model = WithAnEmptyParameter()
+    optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-2)
+    schedule = DPS(model, optimizer, 0.01, stage_steps=(2, 3), include="*", scope="global")
+
+    def step(seed):
+        optimizer.zero_grad()
+        model(torch.randn(6, 4, generator=torch.Generator().manual_seed(seed))).square().mean().backward()
+        optimizer.step()
+
+    for seed in range(3):
+        step(seed)
+    assert schedule.stage == 2
+    assert len(schedule.mask) < 4
+    saved = copy.deepcopy([part.state_dict() for part in (model, schedule, optimizer)])
+    ends = []
+    for _ in range(2):
+        for part, state in zip((model, schedule, optimizer), copy.deepcopy(saved), strict=True):
+            part.load_state_dict(state)
+        for seed in range(3, 9):
+            step(seed)
+        ends.append([parameter.detach().clone() for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*ends, strict=True))
+
+
+def test_a_state_of_stage_one_has_no_scores_of_an_empty_parameter():
+    model = WithAnEmptyParameter()
+    schedule = DPS(model, sparseft.SparseAdamW(model.parameters(), lr=1e-2), 0.5, stage_steps=2, include="*")
+    schedule.load_state_dict(schedule.state_dict())
+    assert schedule.stage == 1

@@ -88,7 +88,8 @@ class DPS(Schedule):
 
     def _check_state(self, state: dict[str, Any], mask: Mask) -> None:
         in_stage_one = self._stage_at(state["steps"]) == 1
-        check_parts("scores", state["scores"], mask.shapes if in_stage_one else {})
+        scored = {name: mask.shapes[name] for name in self._whole}
+        check_parts("scores", state["scores"], scored if in_stage_one else {})
         check_left_out(state["left_out"], mask, self.optimizer, self.model)
 
     def _load(self, state: dict[str, Any]) -> None:
