@@ -3,6 +3,7 @@
 python exchange_worker.py RANK STORE RESULT: a file to meet at, and one to write weights, traffic and errors to.
 """
 
+import copy
 import os
 import sys
 from datetime import timedelta
@@ -13,7 +14,7 @@ from torch import nn
 
 import sparseft
 from sparseft import workers
-from sparseft.mask import fingerprint
+from sparseft.mask import OTHERS_TRAINED, fingerprint
 
 ROUNDS = ((0, 0.05), (1, 0.02))
 
@@ -74,6 +75,11 @@ def refusals(rank):
     yield "overlap", model, [masks[0], masks[0]], {}
     yield "other dtypes", net(torch.float32 if rank == 0 else torch.bfloat16), masks, {"check_weights": False}
     yield "another model", nn.Linear(3, 3) if rank == 0 else model, masks, {}
+    yield "no masks", model, masks if rank == 0 else ["one", "two"], {}
+    yield "no weights", model, masks, {"weights": ["one", 1.0] if rank == 0 else [1.0, 1.0]}
+    refreshed = copy.copy(masks[0])
+    refreshed.info = {**refreshed.info, OTHERS_TRAINED: True}
+    yield "others trained", model, [refreshed, masks[1]], {}
     free = int((~torch.isin(torch.arange(273), torch.cat([mask["0.weight"] for mask in masks]))).nonzero()[0])
     with torch.no_grad():
         model[0].weight.view(-1)[free] += 1e-6 * rank
@@ -134,7 +140,7 @@ def main(rank, store, result):
         before = fingerprint(model)
         try:
             workers.exchange(model, masks, **options)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             found["errors"][what] = str(error)
         assert fingerprint(model) == before, what
     torch.save(found, result)

@@ -139,6 +139,9 @@ def test_what_does_not_go_together_is_refused_everywhere(found):
         "overlap": ("must be disjoint", "must be disjoint"),
         "other dtypes": ("same masks, options and dtypes", "same masks, options and dtypes"),
         "another model": ("the mask is of another model", "process 0 could not go on"),
+        "no masks": ("process 1 could not go on", "mask must be a sparseft.Mask, got str"),
+        "no weights": ("could not convert string to float", "process 0 could not go on"),
+        "others trained": ("trained weights outside of this mask", "process 0 could not go on"),
         "other weights": ("that no mask selects differ in process 1", "that no mask selects differ in process 0"),
     }
     for rank, each in enumerate(found):

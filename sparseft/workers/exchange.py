@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sparseft.delta import Delta
 from sparseft.entries import is_leaf
-from sparseft.mask import Mask
+from sparseft.mask import Mask, check_mask
 from sparseft.workers.merging import Overlap, merge
 
 _DIGEST = 16
@@ -54,12 +54,9 @@ def exchange(
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("exchange needs a process group; call torch.distributed.init_process_group first")
-    masks = list(masks)
     device = _device(model, group)
-    shares = None if weights is None else [float(weight) for weight in weights]
-    options = {"overlap": overlap, "weights": shares, "check_weights": check_weights}
-    _check_agreement(model, masks, options, device, group)
-    own = Delta.of(model, masks[dist.get_rank(group)], check_weights=False)
+    options = {"overlap": overlap, "weights": weights, "check_weights": check_weights}
+    masks, shares, own = _agreed(model, masks, options, device, group)
     parameters = dict(model.named_parameters())
     layouts = [_layout(mask, parameters) for mask in masks]
     length = max(sum(part.bytes for part in layout) for layout in layouts)
@@ -106,23 +103,30 @@ def _delta(mask: Mask, layout: Sequence[_Part], received: Tensor) -> Delta:
     return Delta(mask, {name: found[name] for name in mask}, {name: found[name] for name in mask.dense})
 
 
-def _check_agreement(
+def _agreed(
     model: nn.Module,
     masks: Sequence[Mask],
     options: Mapping[str, Any],
     device: torch.device,
     group: dist.ProcessGroup | None,
-) -> None:
-    """Raise, in every process, unless all have the same masks, options and untrained weights, and can go on."""
+) -> tuple[Sequence[Mask], list[float] | None, Delta]:
+    """Return masks, weights of means and this process's delta.
+
+    It raises, in every process, unless all have the same masks, options and untrained weights, and can go on.
+    """
     digest, problem = bytes(2 * _DIGEST), None
     try:
+        masks = list(masks)
         _check_masks(model, masks, dist.get_world_size(group))
+        shares = None if options["weights"] is None else [float(weight) for weight in options["weights"]]
+        own = Delta.of(model, masks[dist.get_rank(group)], check_weights=False)
         dtypes = {name: str(p.dtype) for name, p in model.named_parameters() if not is_leaf(p)}
-        plan = json.dumps([options, dtypes, [{**mask.header(), "info": None} for mask in masks]]).encode()
+        headers = [{**mask.header(), "info": None} for mask in masks]
+        plan = json.dumps([{**options, "weights": shares}, dtypes, headers]).encode()
         lists = (mask[name] for mask in masks for name in mask)
         rest = _untrained(model, masks) if options["check_weights"] else ()
         digest = _hash(lists, plan) + _hash(rest)
-    except (RuntimeError, TypeError, ValueError) as error:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         problem = error
     received = _all_gathered(torch.tensor(list(digest), dtype=torch.uint8, device=device), group)
     if problem is not None:
@@ -140,12 +144,14 @@ def _check_agreement(
                 f"the weights that no mask selects differ in process {rank}; begin a round with the same weights, and "
                 "train its masks alone"
             )
+    return masks, shares, own
 
 
 def _check_masks(model: nn.Module, masks: Sequence[Mask], processes: int) -> None:
     if len(masks) != processes:
         raise ValueError(f"masks must be one a process, {processes}, got {len(masks)}")
     for mask in masks:
+        check_mask(mask)
         mask.check(model)
 
 
