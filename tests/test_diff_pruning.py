@@ -352,6 +352,22 @@ class Tied(nn.Module):
         return nn.functional.linear(self.embed(ids).mean(1), self.embed.weight)
 
 
+def test_evaluation_without_gradients_has_gates_in_encoders_with_a_fast_path():
+    torch.manual_seed(0)
+    model = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True)
+    _, schedule = start(model, include=["linear*.weight"], log_alpha=-0.5)
+    with torch.no_grad():
+        for name in ("linear1.weight", "linear2.weight"):
+            model.get_parameter(name).mul_(3)
+    model.eval()
+    x = torch.randn(3, 5, 16)
+    gated = model(x).detach()
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), gated)
+    schedule.close()
+    assert not any(module._forward_pre_hooks for module in model.modules())
+
+
 def test_gradients_past_the_gates_are_refused_and_nothing_is_changed():
     def assert_refused(model, optimizer, schedule):
         before, gates = weights(model), {name: a.clone() for name, a in schedule._gates.entries.items()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 # name, parameter, whether its module is in training mode -> the tensor to compute with, None for the parameter itself
 InPlaceOf = Callable[[str, Tensor, bool], Tensor | None]
@@ -32,6 +33,7 @@ class Substitution:
         by_id = {id(parameters[name]): name for name in names}
         self._in_place_of = in_place_of
         self._covered: list[tuple[nn.Module, Callable[..., Any], Any]] = []
+        self._hooks: list[RemovableHandle] = []
         self._closed = False
         for module in model.modules():
             its = {key: by_id[id(p)] for key, p in module._parameters.items() if id(p) in by_id}
@@ -47,7 +49,9 @@ class Substitution:
                 del module.__dict__["forward"]
                 if before is not None:
                     module.__dict__["forward"] = before
-        self._covered = []
+        for hook in self._hooks:
+            hook.remove()
+        self._covered, self._hooks = [], []
 
     def _cover(self, mine: nn.Module, names: Mapping[str, str]) -> None:
         # compiled code has guards on a module's own forward, and none on what stands in front of its parameters
@@ -77,3 +81,10 @@ class Substitution:
         cover.__wrapped__ = mine.forward  # type: ignore[attr-defined]
         mine.__dict__["forward"] = cover
         self._covered.append((mine, cover, before))
+        # a layer whose fast path reads its modules' parameters, as TransformerEncoderLayer's does in evaluation, calls
+        # modules with hooks
+        self._hooks.append(mine.register_forward_pre_hook(_nothing))
+
+
+def _nothing(module: nn.Module, args: Any) -> None:
+    """Do nothing: it is there to be seen."""
