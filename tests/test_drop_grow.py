@@ -126,3 +126,17 @@ def test_steps_are_whole_numbers(options):
 def test_a_fraction_is_a_number():
     with pytest.raises(TypeError, match="fraction must be a number, got 'x'"):
         make(net(), fraction="x")
+
+
+@pytest.mark.parametrize("bad", [math.inf, math.nan])
+def test_gradients_outside_of_the_mask_that_are_not_finite_are_not_grown(bad):
+    model = net()
+    optimizer, schedule = make(model, every=1)
+    name = "0.weight"
+    outside = min(set(range(model[0].weight.numel())) - set(schedule.mask[name].tolist()))
+    backward(model, 0)
+    model[0].weight.grad.view(-1)[outside] = bad
+    optimizer.step()
+    assert schedule.steps == 1
+    assert schedule.mask.info["exchanged_at"] == 1
+    assert outside not in schedule.mask[name].tolist()

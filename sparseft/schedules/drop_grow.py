@@ -120,6 +120,8 @@ class DropGrow(Schedule):
         change = (weights[old.long()].float() - self._pretrained[name].float()).abs_()
         kept, _ = torch.ops.sparseft.topk_indices([change], old.numel() - count)
         sizes = grad.detach().reshape(-1).float().abs()
+        # what is not finite says nothing, and a step is judged by the selected gradients alone
+        sizes[~sizes.isfinite()] = 0
         # neither what is selected nor what is dropped now
         sizes[old.long()] = -1
         grown, _ = torch.ops.sparseft.topk_indices([sizes], count)
