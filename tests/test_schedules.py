@@ -187,6 +187,30 @@ def test_a_run_resumes_bit_for_bit(until, dtype):
     assert_resumes(ready, run, until, 4, choices_so_far)
 
 
+def test_a_bad_step_that_an_error_ends_does_not_stop_the_next_ones():
+    model = net()
+    mask = sparseft.select("random", model, density=0.2)
+    optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=1e-2)
+    schedule = Refresh(model, optimizer, mask, every=5, choose=lambda model: mask)
+
+    def fail(*_):
+        raise RuntimeError("no")
+
+    handle = optimizer.register_step_pre_hook(fail)
+    for parameter in model.parameters():
+        parameter.grad = torch.full_like(parameter, torch.inf)
+    with pytest.raises(RuntimeError, match="no"):
+        optimizer.step()
+    handle.remove()
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    assert (schedule.steps, schedule.skipped) == (1, 0)
+    assert not hasattr(optimizer, "found_inf")
+    assert any(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True))
+
+
 def test_a_closed_schedule_lets_the_optimizer_go_on():
     model = net()
     optimizer, schedule = refreshing(model)

@@ -64,6 +64,7 @@ class Schedule:
         self.model, self.optimizer = model, optimizer
         self.steps = self.skipped = 0
         self._step_is_good: bool | None = None
+        self._flag: Tensor | None = None
         self._check_trains(mask)
         self._set_mask(mask)
         self._handles = [
@@ -153,6 +154,7 @@ class Schedule:
         for handle in self._handles:
             handle.remove()
         self._handles = []
+        self._take_flag_back()
         _scheduled.discard(self.optimizer)
 
     def _before_step(self) -> None:
@@ -208,6 +210,8 @@ class Schedule:
                 f"{type(self).__name__} counts steps of all parameters together, and this one is taken in backward; "
                 "leave step_in_backward"
             )
+        # of a step that an error ended
+        self._take_flag_back()
         self._check_unchanged()
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:
@@ -232,9 +236,18 @@ class Schedule:
         left_out = self._found_inf is not None and bool(self._found_inf)
         self._step_is_good = bool(norm.isfinite()) and not left_out
         if not self._step_is_good:
-            self.optimizer.found_inf = torch.ones_like(norm)  # type: ignore[attr-defined]
+            self._flag = self.optimizer.found_inf = torch.ones_like(norm)  # type: ignore[attr-defined]
             return
         self._before_step()
+
+    def _take_flag_back(self) -> None:
+        """Have the optimizer's flag as it was before `_judge` set it, unless somebody else set it since."""
+        if self._flag is not None and getattr(self.optimizer, "found_inf", None) is self._flag:
+            if self._found_inf is None:
+                del self.optimizer.found_inf  # type: ignore[attr-defined]
+            else:
+                self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        self._flag = None
 
     def _after(self, optimizer: SparseOptimizer, args: Any, kwargs: Any) -> None:
         if self._step_is_good is None:
@@ -248,7 +261,4 @@ class Schedule:
                 raise
             return
         self.skipped += 1
-        if self._found_inf is None:
-            del self.optimizer.found_inf  # type: ignore[attr-defined]
-        else:
-            self.optimizer.found_inf = self._found_inf  # type: ignore[attr-defined]
+        self._take_flag_back()
