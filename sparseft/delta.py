@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from sparseft import files, ops  # noqa: F401  (ops registers torch.ops.sparseft)
-from sparseft.mask import OTHERS_TRAINED, Mask, check_mask, fingerprint
+from sparseft.mask import OTHERS_TRAINED, Mask, check_mask, fingerprint, fingerprint_of_rest
 
 _VALUES, _DENSE = "values.", "dense."
 
@@ -35,7 +35,7 @@ def save_delta(
         mask: what was trained; after `set_mask`, the union of all masks, the one made of the base first.
         path: the file to write, `.safetensors` by custom.
         info: plain JSON values to keep with the mask's own `info`.
-        check_weights: compare parameters with nothing selected to the fingerprint of the base, which reads them once.
+        check_weights: compare what is not selected to the fingerprint of the base, which reads every weight once.
 
     Raises:
         ValueError: the mask is of another model, or something outside of it changed; nothing was written.
@@ -45,16 +45,27 @@ def save_delta(
 
 
 def _check_rest(model: nn.Module, mask: Mask) -> None:
-    """Raise if a parameter with nothing selected is not what it was in the base: a delta could not rebuild it."""
-    rest = [name for name in mask.fingerprint if name not in mask]
-    now = fingerprint(model, rest)
-    changed = [name for name in rest if now[name] != mask.fingerprint[name]]
+    """Raise if what is not selected is not what it was in the base: a delta could not rebuild it."""
+    base = {**{name: digest for name, digest in mask.fingerprint.items() if name not in mask}, **mask.rest}
+    now = fingerprint(model, [name for name in base if name not in mask])
+    now |= fingerprint_of_rest(model, mask) if mask.rest else {}
+    changed = [name for name, digest in base.items() if now[name] != digest]
     if changed:
         raise ValueError(
-            f"{len(changed)} parameters changed in which nothing is selected, {changed[0]} the first: base and delta "
-            "would not make this model. Optimizers of other packages train whole parameters outside of "
-            "compact_gradients; after set_mask, save the union of the masks; and select in the dtype that is trained"
+            f"{len(changed)} parameters changed outside of the mask, {changed[0]} the first: base and delta would not "
+            "make this model. Save the schedule's own mask after a schedule, and the union of all masks after "
+            "set_mask; select in the dtype and from the weights that are trained; and use optimizers of other "
+            "packages inside compact_gradients alone, for outside they train whole parameters"
         )
+
+
+def _check_dtypes(stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor]) -> None:
+    for name, value in stored.items():
+        if value.dtype != parameters[name].dtype:
+            raise ValueError(
+                f"{name} is {parameters[name].dtype} in the model and {value.dtype} in the delta; load the model in "
+                "the dtype it was trained in, and restore a delta before converting the model"
+            )
 
 
 class Delta:
@@ -137,18 +148,10 @@ class Delta:
             ValueError: names, shapes, dtypes or base weights differ; nothing was changed.
         """
         self.mask.check(model)
-        parameters = dict(model.named_parameters())
-        stored = {**self.values, **self.dense}
-        other = [name for name, value in stored.items() if value.dtype != parameters[name].dtype]
-        if other:
-            name = other[0]
-            raise ValueError(
-                f"{name} is {parameters[name].dtype} in the model and {stored[name].dtype} in the delta; load the "
-                "model in the dtype it was trained in"
-            )
+        _check_dtypes({**self.values, **self.dense}, dict(model.named_parameters()))
         if check_weights:
             self.mask.check(model, weights=True)
-        return AppliedDelta(self, parameters)
+        return AppliedDelta(self, model)
 
 
 class AppliedDelta:
@@ -156,32 +159,46 @@ class AppliedDelta:
 
     Also a context manager that restores on leaving. The values that are not in the model lie in buffers of their own:
     what was replaced is kept, never subtracted. Of several that are in place, the last one is to be restored first.
+    The model may be moved to another device in between, and get other parameters of the same names.
     """
 
-    def __init__(self, delta: Delta, parameters: Mapping[str, nn.Parameter]):
-        mask = delta.mask
-        self._entries = [parameters[name].detach() for name in mask]
-        self._indices = [mask.index_list(name).to(parameters[name].device) for name in mask]
-        self._values = [delta.values[name].to(parameters[name].device, copy=True) for name in mask]
-        self._wholes = [parameters[name].detach() for name in mask.dense]
-        self._others = [delta.dense[name].to(parameters[name].device, copy=True) for name in mask.dense]
-        self.info = mask.info
+    def __init__(self, delta: Delta, model: nn.Module):
+        parameters = dict(model.named_parameters())
+        self._model, self._mask = model, delta.mask
+        self._values = {name: delta.values[name].to(parameters[name].device, copy=True) for name in delta.mask}
+        self._others = {name: delta.dense[name].to(parameters[name].device, copy=True) for name in delta.mask.dense}
+        self.info = delta.mask.info
         self.active = False
         self.swap()
 
     def swap(self) -> None:
-        """Exchange the delta's values and the model's."""
-        torch.ops.sparseft.delta_swap_(self._entries, self._indices, self._values)
+        """Exchange the delta's values and the model's.
+
+        Raises:
+            ValueError: the model has other names, shapes or dtypes by now; nothing was changed.
+        """
+        mask, parameters = self._mask, dict(self._model.named_parameters())
+        mask.check(self._model)
+        _check_dtypes({**self._values, **self._others}, parameters)
+        entries = [parameters[name].detach() for name in mask]
+        self._values = {name: value.to(parameters[name].device) for name, value in self._values.items()}
+        indices = [mask.index_list(name).to(parameters[name].device) for name in mask]
+        torch.ops.sparseft.delta_swap_(entries, indices, list(self._values.values()))
         # a backward pass through a forward pass from before is now an error, as after any change in place
-        torch.autograd.graph.increment_version(self._entries)
-        for whole, other in zip(self._wholes, self._others, strict=True):
+        torch.autograd.graph.increment_version(entries)
+        for name, other in self._others.items():
+            whole = parameters[name].detach()
             replaced = whole.clone()
             whole.copy_(other)
             other.copy_(replaced)
         self.active = not self.active
 
     def restore(self) -> None:
-        """Put the base weights back; nothing happens if they are."""
+        """Put the base weights back; nothing happens if they are.
+
+        Raises:
+            ValueError: as `swap`.
+        """
         if self.active:
             self.swap()
 

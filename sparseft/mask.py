@@ -39,6 +39,7 @@ class Mask(Mapping[str, Tensor]):
         aliases: other names of tied parameters -> the name they appear under.
         info: how the mask was made (method, options, seed, samples, density asked); plain JSON values.
         fingerprint: parameter name -> hash of the base model's weights, from `fingerprint`.
+        rest: parameter name -> hash of what is not selected of it, from `fingerprint_of_rest`; where it is known.
 
     Raises:
         TypeError: an index list is not an integer tensor, or dense is no mapping.
@@ -54,6 +55,7 @@ class Mask(Mapping[str, Tensor]):
         aliases: Mapping[str, str] | None = None,
         info: Mapping[str, Any] | None = None,
         fingerprint: Mapping[str, str] | None = None,
+        rest: Mapping[str, str] | None = None,
     ):
         if dense is not None and not isinstance(dense, Mapping):
             raise TypeError(
@@ -65,6 +67,7 @@ class Mask(Mapping[str, Tensor]):
         self.aliases = dict(aliases or {})
         self.info = dict(info or {})
         self.fingerprint = dict(fingerprint or {})
+        self.rest = dict(rest or {})
         unknown = sorted(set(indices) - set(self.shapes)) + sorted(set(self.shapes) & set(self.dense))
         if unknown:
             raise ValueError(f"every masked parameter must have one shape and not be dense too, got {unknown}")
@@ -250,6 +253,7 @@ class Mask(Mapping[str, Tensor]):
             "aliases": self.aliases,
             "info": self.info,
             "fingerprint": self.fingerprint,
+            "rest": self.rest,
         }
 
     @classmethod
@@ -262,7 +266,7 @@ class Mask(Mapping[str, Tensor]):
                 for name, shape in shapes.items()
                 if _PREFIX + name in tensors
             }
-            extra = {key: header[key] for key in ("dense", "aliases", "info", "fingerprint")}
+            extra = {key: header[key] for key in ("dense", "aliases", "info", "fingerprint", "rest")}
         except (KeyError, AttributeError, TypeError) as error:
             raise ValueError(f"the file's header is incomplete ({error!r}); it is damaged, fetch it again") from error
         stray = [name for name in tensors if name.startswith(_PREFIX) and name[len(_PREFIX) :] not in shapes]
@@ -278,6 +282,7 @@ class Mask(Mapping[str, Tensor]):
             aliases=self.aliases,
             info=self.info,
             fingerprint=self.fingerprint,
+            rest=self.rest,
         )
 
     def _same_parameters(self, other: Mask) -> None:
@@ -332,6 +337,25 @@ def fingerprint(model: nn.Module, names: Iterable[str] | None = None) -> dict[st
     """Return parameter name -> a 64-bit hash of its bytes (blake2b), of every parameter or of those named."""
     parameters = dict(model.named_parameters())
     return {name: _digest(parameters[name]) for name in (parameters if names is None else names)}
+
+
+def fingerprint_of_rest(model: nn.Module, mask: Mask) -> dict[str, str]:
+    """Return parameter name -> a hash of what a mask leaves as it is, of every parameter with selected entries.
+
+    It is of the parameter's bytes with zeros in place of the selected entries.
+    """
+    parameters = dict(model.named_parameters())
+    found = {}
+    for name, index in mask.items():
+        whole = parameters[name].detach().cpu().reshape(-1)
+        found[name] = _digest(whole.index_fill(0, index.cpu().long(), 0))
+    return found
+
+
+def with_rest(mask: Mask, model: nn.Module) -> Mask:
+    """Have a mask know what it leaves of its base, so that no delta is made where that changed; return it."""
+    mask.rest = fingerprint_of_rest(model, mask)
+    return mask
 
 
 def aliases(model: nn.Module) -> dict[str, str]:

@@ -199,8 +199,86 @@ def test_what_changed_outside_of_the_mask_is_not_left_out_in_silence(tmp_path):
     with torch.no_grad():
         model[2].bias += 1
     rest = sparseft.select("random", model, density=0.1, include="0.weight", progress=False)
-    with pytest.raises(ValueError, match=r"1 parameters changed in which nothing is selected, 2.bias the first"):
+    with pytest.raises(ValueError, match=r"1 parameters changed outside of the mask, 2.bias the first"):
         sparseft.save_delta(model, mask, path)
     assert not path.exists()
     sparseft.save_delta(model, mask, path, check_weights=False)
     sparseft.save_delta(model, rest, path)
+
+
+def train(model, optimizer):
+    model(torch.randn(8, 60)).square().sum().backward()
+    optimizer.step()
+
+
+def another_mask(model, mask):
+    optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=0.01)
+    optimizer.set_mask(sparseft.select("random", model, density=0.05, seed=1), model)
+    train(model, optimizer)
+
+
+def a_schedule(model, mask):
+    optimizer = sparseft.SparseAdamW(mask.param_groups(model), lr=0.01)
+    with sparseft.schedules.DropGrow(model, optimizer, mask, every=1):
+        train(model, optimizer)
+        train(model, optimizer)
+
+
+def an_optimizer_that_knows_no_masks(model, mask):
+    train(model, torch.optim.AdamW(mask.param_groups(model), lr=0.01))
+
+
+def other_weights(model, mask):
+    with torch.no_grad():
+        model[0].weight[0] += 1
+
+
+@pytest.mark.parametrize("way", [another_mask, a_schedule, an_optimizer_that_knows_no_masks, other_weights])
+@pytest.mark.parametrize("saved", [False, True])
+def test_what_changed_beside_selected_entries_is_found(tmp_path, way, saved):
+    """Also by a mask that was in a file."""
+    model, path = base_model(), tmp_path / "delta"
+    mask = sparseft.select("random", model, density=0.05)
+    if saved:
+        mask.save(tmp_path / "mask")
+        mask = sparseft.Mask.load(tmp_path / "mask")
+    way(model, mask)
+    with pytest.raises(ValueError, match=r"parameters changed outside of the mask, 0.weight the first"):
+        sparseft.save_delta(model, mask, path)
+    assert not path.exists()
+
+
+def moved(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def there_and_back(model):
+    model.double().float()
+
+
+@pytest.mark.parametrize("change", [moved, there_and_back])
+@pytest.mark.parametrize("dense", [(), "2.*"])
+def test_a_delta_follows_a_model_that_was_given_other_memory(change, dense):
+    base = base_model()
+    original = fingerprint(base)
+    model, mask = fine_tuned(base, dense=dense)
+    applied = sparseft.Delta.of(model, mask).apply(base)
+    change(base)
+    assert fingerprint(base) == fingerprint(model)
+    applied.restore()
+    assert fingerprint(base) == original
+    change(base)
+    applied.swap()
+    assert fingerprint(base) == fingerprint(model)
+
+
+def test_a_delta_does_not_follow_into_another_dtype():
+    base = base_model()
+    model, mask = fine_tuned(base, dense="2.bias")
+    applied = sparseft.Delta.of(model, mask).apply(base)
+    base.bfloat16()
+    before = fingerprint(base)
+    with pytest.raises(ValueError, match=r"0.weight is torch.bfloat16 in the model and torch.float32 in the delta"):
+        applied.restore()
+    assert applied.active
+    assert fingerprint(base) == before

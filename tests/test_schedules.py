@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import sparseft
-from sparseft.schedules import Refresh
+from sparseft.schedules import DPS, LTSFT, Refresh
 
 
 def net(dtype=torch.float32):
@@ -42,6 +42,13 @@ def weights(model):
 def assert_same(one, other):
     for name, weight in one.named_parameters():
         assert torch.equal(weight, other.get_parameter(name)), name
+
+
+def whole(model, kind):
+    """Return an optimizer of everything, and a schedule that chooses from it after two steps."""
+    options = {"steps": 2} if kind is LTSFT else {"stage_steps": (2, 2)}
+    optimizer = sparseft.SparseAdamW(model.parameters(), lr=1e-2)
+    return optimizer, kind(model, optimizer, density=0.1, **options)
 
 
 class Random:
@@ -271,6 +278,44 @@ def test_another_mask_than_the_schedules_is_found_at_the_next_step():
     assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
     optimizer.set_mask(schedule.mask, model)
     optimizer.step()
+    assert schedule.steps == 1
+
+
+def assigned(model):
+    model.load_state_dict({name: value.clone() for name, value in model.state_dict().items()}, assign=True)
+
+
+def given_another_layer(model):
+    model[2] = nn.Linear(30, 4)
+
+
+def converted(model):
+    model.double()
+
+
+def resized(model):
+    model[2].weight.data = torch.zeros(5, 30)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (assigned, "0.weight of the model is not the parameter that the optimizer trains: it was replaced since"),
+        (given_another_layer, "2.weight of the model is not the parameter"),
+        (converted, r"0.weight was torch.float32 \[30, 20\] and is torch.float64 \[30, 20\]: it was converted"),
+        (resized, r"2.weight was torch.float32 \[4, 30\] and is torch.float32 \[5, 30\]"),
+    ],
+)
+@pytest.mark.parametrize("make", [refreshing, lambda model: whole(model, LTSFT), lambda model: whole(model, DPS)])
+def test_a_model_that_changed_under_its_optimizer_is_found_at_the_next_step(change, message, make):
+    model = net()
+    optimizer, schedule = make(model)[:2]
+    run(model, optimizer, range(1))
+    change(model)
+    before = weights(model)
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, weights(model), strict=True))
     assert schedule.steps == 1
 
 

@@ -17,7 +17,7 @@ from sparseft.design_space.entries import choose_entries
 from sparseft.design_space.plan import Plan, Remainder, plan
 from sparseft.design_space.space import Space, check_space
 from sparseft.integrations import prefix
-from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
+from sparseft.mask import Mask, aliases, fingerprint, match_names, versions, with_rest
 
 
 @dataclass(frozen=True)
@@ -170,9 +170,9 @@ def _mask(
             if old in chosen:
                 indices[name] = chosen[old]
     info = {**info, "space": found.space.plain(), "budget": found.budget, "versions": versions()}
-    return Mask(
-        indices, shapes, dense=dense, aliases=aliases(model), info=info, fingerprint=fingerprint(model, shapes)
-    )
+    base = fingerprint(model, shapes)
+    mask = Mask(indices, shapes, dense=dense, aliases=aliases(model), info=info, fingerprint=base)
+    return with_rest(mask, model)
 
 
 def _outside(model: nn.Module, found: Plan, dense: str | Iterable[str]) -> tuple[str, ...]:

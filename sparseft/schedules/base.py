@@ -67,6 +67,11 @@ class Schedule:
         self._flag: Tensor | None = None
         self._check_trains(mask)
         self._set_mask(mask)
+        parameters = dict(model.named_parameters())
+        self._parameters = {
+            name: (parameters[name], parameters[name].shape, parameters[name].dtype)
+            for name in (*mask.shapes, *mask.dense)
+        }
         self._handles = [
             optimizer.register_step_pre_hook(self._before),
             optimizer.register_step_post_hook(self._after),
@@ -192,6 +197,22 @@ class Schedule:
                     f"of {name}; make the optimizer for them, and the schedule before states are loaded"
                 )
 
+    def _check_model(self) -> None:
+        """Raise if the model has other parameters than the optimizer, or parameters of other shapes or dtypes."""
+        now = dict(self.model.named_parameters())
+        for name, (parameter, shape, dtype) in self._parameters.items():
+            if now.get(name) is not parameter:
+                raise RuntimeError(
+                    f"{name} of the model is not the parameter that the optimizer trains: it was replaced since "
+                    f"{type(self).__name__} was made, as load_state_dict(assign=True) does; make optimizer and "
+                    "schedule after that, or load without assign"
+                )
+            if (parameter.shape, parameter.dtype) != (shape, dtype):
+                raise RuntimeError(
+                    f"{name} was {dtype} {list(shape)} and is {parameter.dtype} {list(parameter.shape)}: it was "
+                    f"converted or resized since {type(self).__name__} was made; make optimizer and schedule later"
+                )
+
     def _check_unchanged(self) -> None:
         """Raise if the optimizer was given other entries than the schedule's."""
         lists = self._lists_of_optimizer()
@@ -212,6 +233,7 @@ class Schedule:
             )
         # of a step that an error ended
         self._take_flag_back()
+        self._check_model()
         self._check_unchanged()
         closure: Callable[[], Any] | None = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if closure is None:

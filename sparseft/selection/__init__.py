@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from sparseft.entries import check_no_entries
-from sparseft.mask import Mask, aliases, fingerprint, match_names, versions
+from sparseft.mask import Mask, aliases, fingerprint, match_names, versions, with_rest
 from sparseft.selection import bitfit, child_tuning, fish, gps, ird, magnitude, random, sift, snip, wanda
 from sparseft.selection.arguments import check_model, check_whole
 from sparseft.selection.ird import IRDPath
@@ -107,7 +107,7 @@ def select(
     if name == "ird":
         if per_group is not None or structure is not None or block is not None:
             raise ValueError("method 'ird' searches single entries: leave per_group, structure and block out")
-        return ird_search(
+        path = ird_search(
             model,
             data,
             density,
@@ -119,7 +119,8 @@ def select(
             seed=seed,
             progress=progress,
             **options,
-        ).mask
+        )
+        return with_rest(path.mask, model)
     method = checked_method(name, model, data, seed, options)
     if method.scope is None:
         _check_no_budget(
@@ -127,7 +128,8 @@ def select(
         )
         names, mask_options = _prepared(model, dense, include, exclude)
         shapes = {other: model.get_parameter(other).shape for other in names}
-        return Mask(method.score(model, names), shapes, info=_info(name, options, None, seed, {}), **mask_options)
+        mask = Mask(method.score(model, names), shapes, info=_info(name, options, None, seed, {}), **mask_options)
+        return with_rest(mask, model)
     # whole units do not compete inside one of them
     usual = "tensor" if structure is not None and method.scope == "row" else method.scope
     groups: dict[str, Any] = {
@@ -143,7 +145,8 @@ def select(
     if unscored:
         info["unscored"] = list(unscored)
     views = layouts(model)
-    return top_k(scores, density, k=k, layouts=views, unscored=unscored, info=info, **groups, **mask_options)
+    mask = top_k(scores, density, k=k, layouts=views, unscored=unscored, info=info, **groups, **mask_options)
+    return with_rest(mask, model)
 
 
 def ird_search(
