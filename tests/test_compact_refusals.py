@@ -14,7 +14,7 @@ from sparseft.mask import Mask
 
 # what must be refused at the next step, and the part of the error that tells it
 CHANGES = {
-    "replaced": "0.weight was replaced while",
+    "replaced": "0.weight was replaced inside compact_gradients",
     "resized": "moved, resized or converted",
     "converted": "moved, resized or converted",
 }
@@ -40,6 +40,26 @@ def test_a_model_changed_inside_is_refused_before_the_step(make_optimizer, chang
             optimizer.step()
         assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
     assert type(old.weight) is nn.Parameter
+
+
+@every_optimizer
+def test_a_layer_that_trains_whole_and_was_replaced_inside_is_refused_before_the_step(make_optimizer):
+    model = net()
+    mask = mask_of(model, dense=["3.*"])
+    old = model[3]
+    with sparseft.compact_gradients(model, mask):
+        optimizer = make_optimizer(mask.param_groups(model))
+        model[3] = nn.Linear(24, 4)
+        model(inputs()).sum().backward()
+        before = [p.detach().clone() for p in model.parameters()]
+        with pytest.raises(RuntimeError, match=r"3\.weight was replaced inside compact_gradients, and would not"):
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+        model[3] = old
+        optimizer.step()
+    # outside, optimizers are not looked at
+    model[3] = nn.Linear(24, 4)
+    torch.optim.SGD(old.parameters(), lr=0.1).step()
 
 
 class Special(nn.Parameter):

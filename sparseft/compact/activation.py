@@ -109,6 +109,7 @@ class CompactGradients:
                     self.entries[name] = SelectedEntries(
                         parameter, self._mask.index_list(name).to(parameter.device), self._values
                     )
+            whole = {name: p for name, p in self._model.named_parameters() if name in self._mask.dense}
             required = {name: p.requires_grad for name, p in self._model.named_parameters()}
             undo.enter_context(rest_frozen(self._model, self._mask))
             for name, parameter in parameters.items():
@@ -116,7 +117,7 @@ class CompactGradients:
                 undo.enter_context(made_compact(parameter, selection))
             undo.enter_context(leaves_registered(self._model, self.entries, required))
             undo.enter_context(hidden_from_ddp(self._model, self.entries))
-            undo.enter_context(stepping.following(self._model, self.entries))
+            undo.enter_context(stepping.following(self._model, self.entries, whole))
             undo.enter_context(replacements_followed(self._model, self._mask, self.entries))
             undo.enter_context(_registered(self))
             self._undo = undo.pop_all()

@@ -21,20 +21,30 @@ from sparseft.entries import SelectedEntries, entries_of, is_leaf
 
 # Of optimizers in the middle of a step, by id: the leaves that had gradients before it.
 _stepping: dict[int, list[SelectedEntries]] = {}
+# Parameters that train whole in a context that is entered, by id: their model and name.
+_whole: dict[int, tuple[nn.Module, str]] = {}
 
 
 @contextlib.contextmanager
-def following(model: nn.Module, entries: Mapping[str, SelectedEntries]) -> Iterator[None]:
-    """Before a step of any optimizer, take what was changed in the weights into the leaves; after it, the reverse."""
+def following(
+    model: nn.Module, entries: Mapping[str, SelectedEntries], whole: Mapping[str, nn.Parameter]
+) -> Iterator[None]:
+    """Before a step of any optimizer, take what was changed in the weights into the leaves; after it, the reverse.
+
+    whole: the parameters that train as they are, by name; held, so that their ids stay theirs.
+    """
     _watch_optimizers()
     for name, leaf in entries.items():
         leaf.place = model, name
+    _whole.update({id(parameter): (model, name) for name, parameter in whole.items()})
     try:
         yield
     finally:
         write_changed(list(entries.values()))
         for leaf in entries.values():
             leaf.place = None
+        for parameter in whole.values():
+            del _whole[id(parameter)]
 
 
 @functools.cache
@@ -50,6 +60,9 @@ def _before(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
     with torch._C.DisableTorchFunctionSubclass():
         for leaf in leaves:
             _check(leaf)
+        for param in params:
+            if id(param) in _whole:
+                _check_in_place(param, *_whole[id(param)])
     if not leaves:
         _check_not_behind(params)
     _warn_of_frozen(leaves)
@@ -132,21 +145,27 @@ def _check(leaf: SelectedEntries) -> None:
             "another mask; enter it again, make another optimizer inside, or call set_mask(mask, model) inside"
         )
     model, name = leaf.place
-    owner, _, attribute = name.rpartition(".")
-    try:
-        found = model.get_submodule(owner)._parameters.get(attribute)
-    except AttributeError:
-        found = None
-    if found is not leaf.dense:
-        raise RuntimeError(
-            f"{name} was replaced while its gradients were compact; leave compact_gradients before changing the model"
-        )
+    _check_in_place(leaf.dense, model, name)
     now = leaf.dense.shape, leaf.dense.dtype, leaf.dense.device
     if now != leaf.made_for or leaf.device != leaf.dense.device:
         was, is_now = (f"{dtype} {list(shape)} on {device}" for shape, dtype, device in (leaf.made_for, now))
         raise RuntimeError(
             f"{name} was {was} and is {is_now}, its leaf on {leaf.device}: it was moved, resized or converted while "
             "its gradients were compact; leave compact_gradients before that"
+        )
+
+
+def _check_in_place(parameter: Any, model: nn.Module, name: str) -> None:
+    """Raise unless a model has a parameter where it was when its context was entered."""
+    owner, _, attribute = name.rpartition(".")
+    try:
+        found = model.get_submodule(owner)._parameters.get(attribute)
+    except AttributeError:
+        found = None
+    if found is not parameter:
+        raise RuntimeError(
+            f"{name} was replaced inside compact_gradients, and would not train; leave the context before changing "
+            "the model"
         )
 
 

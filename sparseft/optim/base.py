@@ -153,7 +153,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         if saved != own:
             raise ValueError(
                 f"the state must be of groups of {own} parameters, got {saved}; it was saved with another mask or "
-                "another model: build the optimizer from that mask"
+                "another model: build the optimizer from that mask, and load the state of a schedule before this one"
             )
         self._check_kind(state_dict)
         indices = [
