@@ -351,6 +351,37 @@ def test_a_choice_of_other_parameters_is_refused_and_the_step_is_not_lost():
     assert schedule.mask == choices[0]
 
 
+@pytest.mark.parametrize("by_name", [False, True])
+def test_a_model_whose_rest_is_frozen_is_refused(by_name):
+    model = net()
+    names = [name for name, _ in model.named_parameters()]
+    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+    mask = sparseft.Mask({names[0]: torch.arange(5)}, shapes)
+
+    def schedule():
+        optimizer = sparseft.SparseAdamW(mask.param_groups(model))
+        if by_name:
+            return optimizer, Refresh.by_method(model, optimizer, mask, "magnitude", every=1)
+        return optimizer, Refresh(model, optimizer, mask, every=1, choose=Random())
+
+    optimizer, running = schedule()
+    mask.freeze_rest(model)
+    backward(model, 0)
+    with pytest.raises(
+        ValueError, match=r"got 3 of them frozen, 0.bias the first; leave mask.freeze_rest\(model\) out"
+    ):
+        optimizer.step()
+    assert (running.mask, running.steps) == (mask, 0)
+    running.close()
+    with pytest.raises(ValueError, match="got 3 of them frozen"):
+        schedule()
+    model.requires_grad_(True)
+    optimizer, running = schedule()
+    backward(model, 1)
+    optimizer.step()
+    assert running.steps == 1
+
+
 def batches(count=3):
     return [batch(100 + step) for step in range(count)]
 

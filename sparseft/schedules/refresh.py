@@ -35,7 +35,8 @@ class Refresh(Schedule):
 
     Raises:
         TypeError: every is not a whole number, or choose cannot be called.
-        ValueError: every is below 1, or the optimizer trains other entries than the mask's.
+        ValueError: every is below 1, the optimizer trains other entries than the mask's, or parameters to choose from
+            are frozen, as `mask.freeze_rest` leaves them.
 
     Source: FISH's masks of every epoch, arXiv 2111.09839; there, momentum goes on moving what is no longer selected.
     """
@@ -113,8 +114,13 @@ class Refresh(Schedule):
     def _options(self) -> dict[str, Any]:
         return {"every": self.every}
 
+    def _check_trains(self, mask: Mask) -> None:
+        super()._check_trains(mask)
+        _check_not_frozen(self.model, mask)
+
     def _after_step(self) -> None:
         if self.steps % self.every == 0:
+            _check_not_frozen(self.model, self.mask)
             with torch.enable_grad():
                 mask = self._choose(self.model)
             if not isinstance(mask, Mask):
@@ -129,6 +135,17 @@ class Refresh(Schedule):
             mask = copy.copy(mask)
             mask.info = {**mask.info, OTHERS_TRAINED: True}
             self._set_mask(mask)
+
+
+def _check_not_frozen(model: nn.Module, mask: Mask) -> None:
+    """Raise if a parameter that the next mask is chosen from does not train."""
+    # unfreezing it here would be too late for DDP, which averages what had requires_grad when it wrapped the model
+    frozen = [name for name, p in model.named_parameters() if name in mask.shapes and not p.requires_grad]
+    if frozen:
+        raise ValueError(
+            f"Refresh chooses from all {len(mask.shapes)} parameters of the mask, got {len(frozen)} of them frozen, "
+            f"{frozen[0]} the first; leave mask.freeze_rest(model) out, or unfreeze them before the model is wrapped"
+        )
 
 
 def _check_choice(
