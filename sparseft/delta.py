@@ -38,7 +38,8 @@ def save_delta(
         check_weights: compare what is not selected to the fingerprint of the base, which reads every weight once.
 
     Raises:
-        ValueError: the mask is of another model, or something outside of it changed; nothing was written.
+        ValueError: the mask is of another model, something outside of it changed, or a value is NaN or infinite;
+            nothing was written.
         OSError: the file could not be written; nothing at `path` was changed.
     """
     Delta.of(model, mask, info, check_weights=check_weights).save(path)
@@ -68,6 +69,17 @@ def _check_dtypes(stored: Mapping[str, Tensor], parameters: Mapping[str, Tensor]
             )
 
 
+def check_values(delta: Delta, where: str = "") -> None:
+    """Raise if a value of a delta is NaN or infinite. where: which delta, for the message."""
+    for name, value in (*delta.values.items(), *delta.dense.items()):
+        bad = int((~value.isfinite()).sum())
+        if bad:
+            raise ValueError(
+                f"values of a delta must be finite, got {bad:,} of {value.numel():,} NaN or infinite in {name}{where};"
+                " training diverged: train again with a lower learning rate, or from the last state that was good"
+            )
+
+
 class Delta:
     """A delta in memory: a mask, the values of its entries, and whole tensors of its dense parameters.
 
@@ -88,7 +100,8 @@ class Delta:
 
         Raises:
             TypeError: the mask is none.
-            ValueError: the mask is of another model, or something outside of it changed or was trained too.
+            ValueError: the mask is of another model, something outside of it changed or was trained too, or a value is
+                NaN or infinite.
         """
         check_mask(mask)
         mask.check(model)
@@ -105,7 +118,9 @@ class Delta:
         kept = copy.copy(mask)
         kept.info = {**mask.info, **(info or {})}
         dense = {name: parameters[name].clone() for name in mask.dense}
-        return cls(kept, dict(zip(local, values, strict=True)), dense)
+        delta = cls(kept, dict(zip(local, values, strict=True)), dense)
+        check_values(delta)
+        return delta
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Delta:

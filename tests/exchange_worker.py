@@ -84,6 +84,10 @@ def refusals(rank):
     with torch.no_grad():
         model[0].weight.view(-1)[free] += 1e-6 * rank
     yield "other weights", model, masks, {}
+    model = net()
+    with torch.no_grad():
+        model[3].bias[0] = float("nan") if rank == 1 else 0.0
+    yield "not finite", model, masks, {}
 
 
 def main(rank, store, result):

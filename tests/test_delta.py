@@ -282,3 +282,17 @@ def test_a_delta_does_not_follow_into_another_dtype():
         applied.restore()
     assert applied.active
     assert fingerprint(base) == before
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", sparseft.testing.DTYPES)
+@pytest.mark.parametrize("name", ["0.weight", "2.bias"], ids=["selected", "dense"])
+def test_values_that_are_not_finite_are_refused(tmp_path, bad, dtype, name):
+    model = base_model(dtype)
+    mask = sparseft.select("random", model, density=0.1, dense="2.bias")
+    place = int(mask[name][3]) if name in mask else 3
+    with torch.no_grad():
+        model.get_parameter(name).view(-1)[place] = bad
+    with pytest.raises(ValueError, match=rf"must be finite, got 1 of [\d,]+ NaN or infinite in {name}; training div"):
+        sparseft.save_delta(model, mask, tmp_path / "delta")
+    assert not (tmp_path / "delta").exists()

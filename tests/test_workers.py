@@ -218,7 +218,8 @@ def test_merging_parts_of_parts_is_merging_all():
 
 def test_special_values_are_taken_over_bit_for_bit():
     base = torch.nn.Linear(3, 2, bias=False)
-    special = torch.tensor([0x7FC00001, -0x80000000, 0x7F800000, 0x00000001], dtype=torch.int32).view(torch.float32)
+    # -0, the largest number, and two that are subnormal
+    special = torch.tensor([-0x80000000, 0x7F7FFFFF, 0x00000001, 0x007FFFFF], dtype=torch.int32).view(torch.float32)
     mask = sparseft.Mask({"weight": torch.arange(4, dtype=torch.int32)}, {"weight": (2, 3)})
     first, second = workers.split(mask, 2)
     deltas = [sparseft.Delta(part, {"weight": special[part["weight"].long()]}, {}) for part in (first, second)]
@@ -402,6 +403,22 @@ def test_deltas_that_do_not_go_together_are_refused():
     same = sparseft.Mask(dict(masks[1]), {**mask.shapes, "3.bias": (61,)}, fingerprint=mask.fingerprint)
     with pytest.raises(ValueError, match="got others in"):
         workers.merge([deltas[0], sparseft.Delta(same, deltas[1].values, {})])
+
+
+def test_values_of_a_worker_that_are_not_finite_are_refused(tmp_path):
+    base = base_model()
+    masks = workers.split(sparseft.select("random", base, k=100, dense="3.bias"), 3)
+    deltas = [sparseft.Delta.of(base, mask) for mask in masks]
+    for held in (deltas[1].values, deltas[1].dense):
+        name = next(iter(held))
+        kept = held[name].clone()
+        held[name].view(-1)[1] = float("nan")
+        deltas[1].save(tmp_path / "delta")
+        for read in (deltas[1], sparseft.Delta.load(tmp_path / "delta")):
+            with pytest.raises(ValueError, match=rf"NaN or infinite in {name} of deltas\[1\]; training diverged"):
+                workers.merge([deltas[0], read, deltas[2]])
+        held[name].copy_(kept)
+    workers.merge(deltas)
 
 
 def test_an_exchange_needs_processes():

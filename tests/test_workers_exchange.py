@@ -142,6 +142,7 @@ def test_what_does_not_go_together_is_refused_everywhere(found):
         "no masks": ("process 1 could not go on", "mask must be a sparseft.Mask, got str"),
         "no weights": ("could not convert string to float", "process 0 could not go on"),
         "others trained": ("trained weights outside of this mask", "process 0 could not go on"),
+        "not finite": ("process 1 could not go on", "got 1 of 3 NaN or infinite in 3.bias"),
         "other weights": ("that no mask selects differ in process 1", "that no mask selects differ in process 0"),
     }
     for rank, each in enumerate(found):

@@ -50,7 +50,8 @@ def exchange(
     Raises:
         RuntimeError: there is no process group.
         ValueError: masks are not one a process, are of another model, or differ among processes; weights that nobody
-            trains differ; or what `merge` raises. It is raised in every process, and no model is changed.
+            trains differ; a process has no delta, its values are NaN for instance; or what `merge` raises. It is
+            raised in every process, and no model is changed.
     """
     if not dist.is_available() or not dist.is_initialized():
         raise RuntimeError("exchange needs a process group; call torch.distributed.init_process_group first")

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from sparseft.delta import Delta
+from sparseft.delta import Delta, check_values
 from sparseft.mask import Mask
 
 Overlap = Literal["error", "mean"]
@@ -42,8 +42,8 @@ def merge(
 
     Raises:
         TypeError: one is not a Delta, or a weight no number.
-        ValueError: there is none; they are of other bases, parameters or dtypes; entries overlap; a worker is missing;
-            or weights do not fit.
+        ValueError: there is none; they are of other bases, parameters or dtypes; a value is NaN or infinite; entries
+            overlap; a worker is missing; or weights do not fit.
     """
     if isinstance(deltas, Delta):
         raise TypeError("merge takes a list of deltas, got one Delta; put it in a list")
@@ -127,6 +127,7 @@ def _check_together(deltas: Sequence[Delta]) -> None:
                     f"deltas must have the same dtypes, got {name} as {value.dtype} in deltas[{place}] and as "
                     f"{dtypes[name]} before; train all workers in one dtype"
                 )
+        check_values(delta, f" of deltas[{place}]")
 
 
 def _differing(wanted: Mapping[str, Any], got: Mapping[str, Any]) -> str:
