@@ -91,7 +91,7 @@ def test_a_density_is_of_each_worker():
     assert [mask.k for mask in masks] == [int(0.0123 * n)] * 3
     assert masks[1].n == n
     assert masks[1].info["density_asked"] == 0.0123
-    assert masks[1].info["workers"] == {"of": 3, "parts": [1]}
+    assert masks[1].info["workers"].items() >= {"of": 3, "parts": [1], "entries": 3 * masks[0].k}.items()
     assert masks[1].fingerprint == fingerprint(model)
 
 
@@ -198,7 +198,7 @@ def test_the_merged_model_has_each_workers_bits(tmp_path, dtype, device):
     applied.restore()
     assert fingerprint(model) == fingerprint(base)
     assert merged.mask.k == 601
-    assert merged.mask.info["workers"] == {"of": 3, "parts": [0, 1, 2]}
+    assert merged.mask.info["workers"] == {**masks[0].info["workers"], "parts": [0, 1, 2]}
     assert merged.mask.info["method"] == "random"
 
 
@@ -207,13 +207,59 @@ def test_merging_parts_of_parts_is_merging_all():
     masks = workers.split(sparseft.select("random", base, k=300), 3)
     deltas = [trained(base, mask, seed)[1] for seed, mask in enumerate(masks)]
     two = workers.merge(deltas[1:], partial=True)
-    assert two.mask.info["workers"] == {"of": 3, "parts": [1, 2]}
+    assert two.mask.info["workers"] == {**masks[0].info["workers"], "parts": [1, 2]}
     models = []
     for merged in (workers.merge(deltas), workers.merge([two, deltas[0]])):
         models.append(copy.deepcopy(base))
         merged.apply(models[-1])
         assert merged.mask.info["workers"]["parts"] == [0, 1, 2]
     assert fingerprint(models[0]) == fingerprint(models[1])
+
+
+def test_parts_that_do_not_make_the_whole_are_refused():
+    base = base_model()
+    mask, other = (sparseft.select("random", base, k=300, seed=seed) for seed in (0, 1))
+    halves, thirds = workers.split(mask, 2), workers.split(mask, 3)
+    again = workers.split(mask, 2, seed=1)
+    quarters = workers.split(halves[0], 2)
+
+    def merged(*parts, **options):
+        return workers.merge([sparseft.Delta.of(base, part) for part in parts], **options)
+
+    assert halves[1].info == workers.split(mask, 2)[1].info, "processes that split alike agree"
+    for options in ({}, {"partial": True}):
+        with pytest.raises(ValueError, match="must be of the parts of one mask, got parts of 2, and not all of each"):
+            merged(halves[0], workers.split(other, 2)[1], overlap="mean", **options)
+    for parts in ((halves[0], thirds[1]), (halves[0], again[1]), (halves[1], quarters[0]), quarters):
+        with pytest.raises(
+            ValueError, match=r"got none of [\d,]+ of the 300 entries dealt: these parts are of two sp"
+        ):
+            merged(*parts, overlap="mean")
+        assert merged(*parts, overlap="mean", partial=True).mask.k < 300
+    with pytest.raises(ValueError, match=r"got none of \[1\]; add them"):
+        merged(quarters[0])
+    for parts in ((*quarters, halves[1]), (*workers.split(halves[0], 3), halves[1])):
+        assert merged(*parts).mask == mask
+        assert workers.merge([merged(*parts)]).mask == mask
+    inner = merged(*quarters, partial=True)
+    assert workers.merge([inner, sparseft.Delta.of(base, halves[1])]).mask == mask
+
+    # two that are whole, of other masks, are two deltas like any
+    wholes = [merged(*halves), merged(*workers.split(other, 2))]
+    assert workers.merge(wholes, overlap="mean").mask == mask.union(other)
+
+
+def test_parts_from_before_masks_had_digests_are_known_by_number():
+    base = base_model()
+    parts = workers.split(sparseft.select("random", base, k=300), 2)
+    for number, part in enumerate(parts):
+        part.info["workers"] = {"of": 2, "parts": [number]}
+    deltas = [sparseft.Delta.of(base, part) for part in parts]
+    assert workers.merge(deltas).mask.info["workers"] == {"of": 2, "parts": [0, 1]}
+    with pytest.raises(ValueError, match=r"all 2 workers of a split must be there, got none of \[1\]"):
+        workers.merge(deltas[:1])
+    new = workers.split(sparseft.select("random", base, k=300), 2)
+    assert workers.merge([deltas[0], sparseft.Delta.of(base, new[1])]).mask.k == 300
 
 
 def test_special_values_are_taken_over_bit_for_bit():

@@ -53,7 +53,7 @@ def merge(
     if overlap not in get_args(Overlap):
         raise ValueError(f'overlap must be "error" or "mean", got {overlap!r}')
     first = deltas[0].mask
-    info = _common_info([delta.mask.info for delta in deltas], partial)
+    info = _common_info([delta.mask for delta in deltas], partial)
     indices, values = {}, {}
     for name in first.shapes:
         owners = [place for place, delta in enumerate(deltas) if name in delta.mask]
@@ -146,22 +146,62 @@ def _checked_weights(weights: Sequence[float] | None, count: int) -> list[float]
     return shares
 
 
-def _common_info(infos: Sequence[Mapping[str, Any]], partial: bool) -> dict[str, Any]:
+def _common_info(masks: Sequence[Mask], partial: bool) -> dict[str, Any]:
     """Return what is the same in all, and which parts of a split are there, or raise if not all of them are."""
+    infos = [mask.info for mask in masks]
     common = {key: value for key, value in infos[0].items() if all(info.get(key) == value for info in infos)}
-    parts = [info.get("workers") for info in infos]
-    counts = {part["of"] for part in parts if part}
-    if len(counts) != 1 or not all(parts):
+    parts = [info["workers"] for info in infos if info.get("workers")]
+    if len(parts) < len(masks):
         return common
+    dealt = {part.get("mask") for part in parts}
+    if None not in dealt:
+        _check_dealt(masks, parts, partial)
+    elif not partial:
+        _check_numbers(parts)
+    if len(dealt) > 1:
+        return common
+    whole = {key: parts[0][key] for key in ("mask", "entries") if key in parts[0]}
+    counts = {part.get("of") for part in parts}
+    if len(counts) == 1 and None not in counts:
+        numbers = {number for part in parts for number in part["parts"]}
+        whole = {"of": counts.pop(), "parts": sorted(numbers), **whole}
+    return {**common, "workers": whole} if whole else common
+
+
+def _check_dealt(masks: Sequence[Mask], parts: Sequence[Mapping[str, Any]], partial: bool) -> None:
+    """Raise unless all entries of the mask that was dealt are there, whoever has them."""
+    found: dict[str, Mask] = {}
+    for mask, part in zip(masks, parts, strict=True):
+        found[part["mask"]] = found[part["mask"]].union(mask) if part["mask"] in found else mask
+    entries = {part["mask"]: part["entries"] for part in parts}
+    lacking = {which: entries[which] - mask.k for which, mask in found.items() if mask.k < entries[which]}
+    if lacking and len(found) > 1:
+        raise ValueError(
+            f"deltas must be of the parts of one mask, got parts of {len(found)}, and not all of each; merge those "
+            "that one split made"
+        )
+    if lacking and not partial:
+        _check_numbers(parts)
+        (number,), (of,) = lacking.values(), entries.values()
+        raise ValueError(
+            f"the deltas of all workers of a split must be there, got none of {number:,} of the {of:,} entries dealt: "
+            "these parts are of two splits, or of parts that were split again; add the others, or have their entries "
+            "stay as they are in the base (partial)"
+        )
+
+
+def _check_numbers(parts: Sequence[Mapping[str, Any]]) -> None:
+    """Raise unless the worker of every number is there; where they are not of the same many, numbers say nothing."""
+    counts = {part.get("of", 0) for part in parts}
+    if len(counts) > 1:
+        return
     (of,) = counts
-    numbers = [number for part in parts if part for number in part["parts"]]
-    there = sorted(set(numbers))
-    missing = [number for number in range(of) if number not in there]
-    if missing and not partial:
-        twice = [number for number in there if numbers.count(number) > 1]
+    numbers = [number for part in parts for number in part.get("parts", ())]
+    missing = [number for number in range(of) if number not in numbers]
+    if missing:
+        twice = sorted({number for number in numbers if numbers.count(number) > 1})
         raise ValueError(
             f"the deltas of all {of} workers of a split must be there, got none of {missing}"
             f"{f' and several of {twice}' if twice else ''}; add them, or have their entries stay as they are in the "
             "base (partial)"
         )
-    return {**common, "workers": {"of": of, "parts": there}}

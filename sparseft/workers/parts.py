@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -117,7 +118,8 @@ def split(mask: Mask, workers: int, scores: Mapping[str, Tensor] | None = None, 
         first += positions.numel()
         for worker in range(workers):
             lists[worker][name] = positions[owner == worker]
-    return [_part(mask, indices, worker, workers) for worker, indices in enumerate(lists)]
+    whole = _whole(mask)
+    return [_part(mask, indices, {"of": workers, "parts": [worker], **whole}) for worker, indices in enumerate(lists)]
 
 
 def _check_held(scores: object) -> None:
@@ -145,12 +147,27 @@ def _selected(mask: Mask, scores: Mapping[str, Tensor]) -> Tensor:
     return values
 
 
-def _part(mask: Mask, indices: Mapping[str, Tensor], worker: int, workers: int) -> Mask:
+def _whole(mask: Mask) -> dict[str, Any]:
+    """Return which mask is dealt, as its parts keep it: a digest of its entries, and their number.
+
+    Of a part it is the one that this is of: merging its parts alone would leave the rest out.
+    """
+    known = mask.info.get("workers", {})
+    if "mask" in known:
+        return {key: known[key] for key in ("mask", "entries")}
+    total = hashlib.blake2b(digest_size=8)
+    for name in sorted(mask):
+        total.update(f"{name} {mask[name].numel()}".encode())
+        total.update(mask[name].cpu().numpy().data)
+    return {"mask": total.hexdigest(), "entries": mask.k}
+
+
+def _part(mask: Mask, indices: Mapping[str, Tensor], workers: Mapping[str, Any]) -> Mask:
     return Mask(
         indices,
         mask.shapes,
         dense=mask.dense,
         aliases=mask.aliases,
-        info={**mask.info, "workers": {"of": workers, "parts": [worker]}},
+        info={**mask.info, "workers": dict(workers)},
         fingerprint=mask.fingerprint,
     )
