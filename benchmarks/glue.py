@@ -57,7 +57,7 @@ def measure(task: str, method: str, seed: int, options: argparse.Namespace, fold
     """
     train, dev = options.data / task / TRAIN_FILES[task], options.data / task / "dev.jsonl"
     how = ["--method", method, "--epochs", options.epochs, "--seed", seed]
-    if method != "bitfit":
+    if method not in ("bitfit", "head", "full"):
         how += ["--density", options.density]
     found = command("train", options.model, "--train", train, "--dev", dev, *how, "-o", folder / "trained")
     plain = folder / "trained"

@@ -86,7 +86,8 @@ def run(setup: Setup, method: str, output: Path) -> Row:
     measure.reset_peak_memory()
     before = measure.peak_memory()
     started = time.perf_counter()
-    mask = choosing.choose(loaded, encoded, method, setup.density, batch_size=setup.batch_size, seed=setup.seed)
+    density = None if method in BASELINES else setup.density
+    mask = choosing.choose(loaded, encoded, method, density, batch_size=setup.batch_size, seed=setup.seed)
     select_seconds = time.perf_counter() - started
     select_memory = measure.peak_memory() - before
     result = training.train(loaded, encoded, mask, epochs=setup.epochs, batch_size=setup.batch_size, seed=setup.seed)

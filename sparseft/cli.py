@@ -58,7 +58,10 @@ _Texts = Annotated[
 _Label = Annotated[str | None, typer.Option("--label-column", help="Column of the label.")]
 _METHODS = "fish, ird, child_tuning, gps, sift, snip, wanda, magnitude, bitfit, random"
 _Density = Annotated[
-    float | None, typer.Option(help="Share of the weights to select, in (0, 1]; 0.005 if left out. bitfit has none.")
+    float | None,
+    typer.Option(
+        help="Share of the weights to select, in (0, 1]; 0.005 if left out. bitfit, head and full have none."
+    ),
 ]
 _Scope = Annotated[
     Literal["global", "layer", "tensor", "row", "column", "block"] | None,
@@ -154,7 +157,7 @@ def train(
         from sparseft.integrations import checkpoint, choosing, inputs, models, training
 
         checkpoint.check_output(output, overwrite)
-        choosing.check_choice(method, density, samples, scope, structure, block)
+        choosing.check_choice(method, density, samples, scope, structure, block, include, exclude)
         training.check_schedule(lr, epochs, max_steps, batch_size, head_lr)
         mask = None if mask_file is None else _given_mask(mask_file, ctx)
         models.quiet()
@@ -197,7 +200,7 @@ def select(
     with _results() as results:
         from sparseft.integrations import choosing, inputs, models
 
-        choosing.check_choice(method, density, samples, scope, structure, block)
+        choosing.check_choice(method, density, samples, scope, structure, block, include, exclude)
         if output.is_dir() or (output.exists() and not overwrite):
             raise ValueError(f"the output {output} must be a new file; choose another, or give --overwrite")
         if not output.absolute().parent.is_dir():

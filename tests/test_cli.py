@@ -143,7 +143,7 @@ def plain_logits(folder, *texts):
 @pytest.mark.parametrize("method", [*METHODS, "head"])
 def test_train_and_merge_give_plain_transformers_the_same_logits(bert, data, tmp_path, method):
     options = ["--samples", 64] if method in METHODS and METHODS[method].needs_data else []
-    options += [] if method == "bitfit" else ["--density", 0.05]
+    options += [] if method in ("bitfit", "head") else ["--density", 0.05]
     found = run("train", bert, *data, "--method", method, "--lr", 0.01, *options, "-o", tmp_path / "out")
     assert found["task"] == "classification"
     assert found["rows"] == {"train": 160, "dev": 32}
@@ -368,6 +368,11 @@ WRONG_OPTIONS = [
     (["--mask", "some.mask", "--scope", "row"], "--scope must be left out with --mask"),
     (["--method", "bitfit", "--density", "0.1"], "density must be left out for method 'bitfit'"),
     (["--method", "bitfit", "--scope", "row"], "scope must be left out for method 'bitfit', which ranks nothing"),
+    (["--method", "full", "--density", "0.1"], "density must be left out for method 'full', which trains everything"),
+    (["--method", "head", "--density", "0.1"], "density must be left out for method 'head', which trains the new par"),
+    (["--method", "full", "--include", "*"], "include must be left out for method 'full'"),
+    (["--method", "head", "--exclude", "*", "--include", "*"], "include, exclude must be left out for method 'head'"),
+    (["--method", "head", "--samples", "8"], "samples must be left out for method 'head'"),
     (["--scope", "neuron"], "Invalid value for '--scope'"),
     (["--scope", "block"], "block must be (rows, columns)"),
     (["--structure", "row", "--scope", "row"], "compete in scope 'global', 'layer' or 'tensor', got 'row'"),

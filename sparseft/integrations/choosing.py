@@ -43,7 +43,7 @@ def choose(
         loaded: the model; its new parameters train whole, outside the budget.
         encoded: the data.
         method: a selection method, "head" or "full".
-        density: selected over selectable weights, in (0, 1]; 0.005 if left out. "bitfit" has none.
+        density: selected over selectable weights, in (0, 1]; 0.005 if left out. "bitfit", "head" and "full" have none.
         include: patterns of the parameters to select from; all if empty.
         exclude: patterns of parameters to leave out.
         scope: among which weights they are ranked, as for `sparseft.select`; None for the method's own.
@@ -57,7 +57,7 @@ def choose(
     Raises:
         ValueError: an option is out of range or does not go with the method.
     """
-    check_choice(method, density, samples, scope, structure, block)
+    check_choice(method, density, samples, scope, structure, block, include, exclude)
     if method == "full":
         return None
     if method == "head":
@@ -94,6 +94,8 @@ def check_choice(
     scope: Scope | None = None,
     structure: Structure | None = None,
     block: tuple[int, int] | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
 ) -> None:
     """Raise unless the method is known, what is in range, and options are given to methods that have them only."""
     if method not in METHODS:
@@ -103,6 +105,11 @@ def check_choice(
         raise ValueError(f"density must be left out for method 'bitfit', which takes all biases; got {density}")
     if samples is not None and method not in SAMPLING:
         raise ValueError(f"samples must be left out for method {method!r}, which looks at no data; got {samples}")
+    patterns = {"density": density, "include": include or None, "exclude": exclude or None}
+    surplus = [name for name, value in patterns.items() if value is not None]
+    if surplus and method in BASELINES:
+        what = "the new parameters, all of them" if method == "head" else "everything"
+        raise ValueError(f"{', '.join(surplus)} must be left out for method {method!r}, which trains {what}")
     given = {"scope": scope, "structure": structure, "block": block}
     surplus = [name for name, value in given.items() if value is not None]
     if surplus and method in (*BASELINES, "bitfit"):
