@@ -541,6 +541,23 @@ def test_what_workers_trained_apart_is_merged(bert, data, tmp_path):
     assert not (tmp_path / "none").exists()
 
 
+def test_heads_that_began_with_different_seeds_are_not_averaged(bert, data, tmp_path):
+    mask = sparseft.Mask.load(make_mask(bert, data, tmp_path))
+    for worker, part in enumerate(sparseft.workers.split(mask, 2)):
+        part.save(tmp_path / f"{worker}.mask")
+        options = [*data, "--mask", tmp_path / f"{worker}.mask", "--lr", 0.01, "--max-steps", 1, "--seed", worker]
+        assert run("train", bert, *options, "-o", tmp_path / f"{worker}")["new"] == list(mask.dense)
+    both = [tmp_path / "0", tmp_path / "1" / "delta.safetensors", "-o", tmp_path / "merged"]
+    said = run("merge", *both, expect=2)
+    assert "must be of runs with one --seed, got 0 in" in said
+    assert "classifier.bias, classifier.weight are new parameters, which began with different values" in said
+    assert not (tmp_path / "merged").exists()
+    for worker in range(2):
+        results = tmp_path / f"{worker}" / "results.json"
+        results.write_text(json.dumps({**json.loads(results.read_text()), "new": []}))
+    run("merge", *both)
+
+
 def make_mask(model, data, folder):
     run("select", model, "--train", data[1], "--method", "random", "-o", folder / "random.mask")
     return folder / "random.mask"

@@ -121,14 +121,16 @@ def merge(
 
     Raises:
         ValueError: there is no delta, its base is unknown or cannot be loaded, the delta is another model's, or
-            deltas do not go together.
+            deltas do not go together, as those of heads that began with different seeds.
     """
     files = [source / DELTA if source.is_dir() else source for source in sources]
     for file in files:
         if not file.is_file():
             raise ValueError(f"{file} does not exist; give a folder that `sparseft train` wrote, or a delta file")
     _check_labels(files)
-    delta = workers.merge(map(Delta.load, files), overlap=overlap, partial=partial)
+    deltas = [Delta.load(file) for file in files]
+    _check_seeds(files, deltas)
+    delta = workers.merge(deltas, overlap=overlap, partial=partial)
     base = base or delta.mask.info.get("base_model")
     if base is None:
         named = (
@@ -156,6 +158,23 @@ def _check_labels(files: Sequence[Path]) -> None:
             first = labels if first is None else first
             if labels != first:
                 raise ValueError(f"deltas must be of the same classes in one order, got {first} and {labels}")
+
+
+def _check_seeds(files: Sequence[Path], deltas: Sequence[Delta]) -> None:
+    """Raise if the results beside deltas say that new parameters began with other values in each."""
+    seeds, new = {}, set()
+    for file, delta in zip(files, deltas, strict=True):
+        if (file.parent / RESULTS).is_file():
+            results = json.loads((file.parent / RESULTS).read_text(encoding="utf-8"))
+            seeds[str(file.parent)] = results.get("seed")
+            # runs that do not say what was new trained nothing else whole, unless their mask came from elsewhere
+            new |= set(results.get("new", delta.mask.dense)) & set(delta.mask.dense)
+    if new and len(set(seeds.values())) > 1:
+        said = ", ".join(f"{seed} in {folder}" for folder, seed in seeds.items())
+        raise ValueError(
+            f"deltas must be of runs with one --seed, got {said}: {', '.join(sorted(new))} are new parameters, which "
+            "began with different values, and the mean of what came of them is none of it; train again with one --seed"
+        )
 
 
 def _base(inputs: Inputs) -> str:
@@ -189,6 +208,7 @@ def _results(inputs: Inputs, mask: Mask | None, run: Result) -> dict[str, Any]:
     return {
         "task": inputs.splits.task,
         "classes": len(inputs.splits.classes),
+        "new": list(inputs.loaded.new),
         "rows": {"train": len(inputs.encoded.train), "dev": len(inputs.encoded.dev)},
         "max_length": inputs.encoded.max_length,
         "dev": run.evaluation.metrics,
