@@ -1,7 +1,10 @@
 """A space on a model: exactly the planned weights train, by each strategy's own definition."""
 
 import copy
+import subprocess
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 
 import models
 import pytest
@@ -125,6 +128,36 @@ def test_a_delta_rebuilds_the_model(name, tmp_path):
         again.get_parameter(key).zero_()
     assert not torch.equal(again(**batch).logits, model(**batch).logits)
     assert torch.equal(copied(**batch).logits, model(**batch).logits), "a copy uses its own adapters and prefixes"
+
+
+NEW_PROCESS = """
+import models, sparseft, sys, torch
+from sparseft.design_space import Space, plan
+from sparseft.integrations.design_space import attach
+
+delta = sparseft.Delta.load(sys.argv[1])
+model, made = models.make("bert").eval(), delta.mask.info
+attach(plan(Space.from_plain(made["space"]), model, made["budget"], **made["plan"]), model)
+delta.apply(model)
+torch.save(model(**models.batch("bert")).logits.detach(), sys.argv[2])
+"""
+
+
+@pytest.mark.parametrize("options", [{}, {"lora_scale": 3.0, "lora_targets": ["key"], "stacks": "bert.encoder.layer"}])
+def test_a_delta_says_how_its_plan_is_made_again_in_a_new_process(tmp_path, options):
+    model, found = applied("bert", **options)
+    with torch.no_grad():
+        for key in found.mask.dense:
+            model.get_parameter(key).add_(0.1)
+    sparseft.save_delta(model, found.mask, tmp_path / "delta.safetensors")
+    wanted = model(**models.batch("bert")).logits
+    files = [str(tmp_path / name) for name in ("delta.safetensors", "logits.pt")]
+    subprocess.run([sys.executable, "-c", NEW_PROCESS, *files], check=True, cwd=Path(__file__).parent)
+    assert torch.equal(torch.load(files[1]), wanted)
+    again = models.make("bert").eval()
+    attach(found.plan, again)
+    sparseft.load_delta(again, files[0])
+    assert torch.equal(again(**models.batch("bert")).logits, wanted), "the plan alone has the scale too"
 
 
 @pytest.mark.parametrize("name", ["bert", "gpt2", "t5"])
@@ -319,3 +352,7 @@ def test_a_plan_is_attached_to_a_model_that_has_its_layers():
     assert [name for name, _ in other.named_modules()] == ["", "bert"]
     with pytest.raises(TypeError, match="attach takes a Plan, got Space"):
         attach(SPACES["bert"], models.make("bert"))
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        attach(found.plan, "bert")
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str"):
+        apply_space(SPACES["bert"], "bert", BUDGET)

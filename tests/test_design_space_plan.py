@@ -127,6 +127,11 @@ def test_budgets_are_whole_numbers():
         plan(Space(("S", "S"), "uniform"), models.make("bert"), 0.5)
 
 
+def test_a_model_is_no_name():
+    with pytest.raises(TypeError, match=r"model must be a torch.nn.Module, got str; load weights into a model first"):
+        plan(Space(("S", "S"), "uniform"), "bert", 2_000)
+
+
 def test_a_remainder_can_be_filled_or_left():
     model, space = models.make("bert"), Space(("L", "P"), "uniform")
     left = plan(space, model, 600, lora_targets=["query", "value"], remainder="leave")

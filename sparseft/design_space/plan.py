@@ -12,6 +12,7 @@ from sparseft.design_space.costs import Cost, Costs
 from sparseft.design_space.layers import Layer, find_layers
 from sparseft.design_space.sizes import allocate
 from sparseft.design_space.space import STRATEGIES, Space, check_space
+from sparseft.selection.arguments import check_model, check_number
 
 Remainder = Literal["error", "sparse", "leave"]
 
@@ -58,6 +59,7 @@ class Plan:
     space: Space
     groups: tuple[GroupPlan, ...]
     budget: int
+    lora_scale: float = 1.0
 
     @property
     def weights(self) -> int:
@@ -91,6 +93,7 @@ def plan(
     lora_targets: Sequence[str] = (),
     stacks: Sequence[str] | None = None,
     remainder: Remainder = "error",
+    lora_scale: float = 1.0,
 ) -> Plan:
     """Spend a budget on a model, exactly. Nothing is changed.
 
@@ -108,19 +111,25 @@ def plan(
         stacks: names of the lists of layers, in place of those found.
         remainder: where a group without sparse does not come out even: "error"; "sparse": selected entries fill what
             is missing; "leave": fewer weights train than the budget allows.
+        lora_scale: LoRA's alpha over its rank, the same for every rank.
 
     Raises:
-        TypeError: the space is none, or the budget no whole number.
-        ValueError: the model has no layers, or not what a strategy needs; a group's budget is too small for a
-            strategy, larger than all it could train, or cannot be met exactly: the message says which and by how much.
+        TypeError: the space or the model is none, the budget no whole number, or lora_scale no number.
+        ValueError: lora_scale is not positive; the model has no layers, or not what a strategy needs; a group's budget
+            is too small for a strategy, larger than all it could train, or cannot be met exactly: the message says
+            which and by how much.
     """
     check_space(space)
+    check_model(model)
     if remainder not in _REMAINDERS:
         raise ValueError(f"remainder must be one of {', '.join(_REMAINDERS)}, got {remainder!r}")
     if isinstance(budget, bool) or not isinstance(budget, int):
         raise TypeError(f"budget must be a whole number of weights, got {budget!r}")
     if budget < 1:
         raise ValueError(f"budget must be at least one weight, got {budget}")
+    check_number("lora_scale", lora_scale)
+    if lora_scale <= 0:
+        raise ValueError(f"lora_scale must be positive, got {lora_scale}")
     groups = space.group_layers(find_layers(model, stacks))
     budgets = allocate(space.allocation, budget, [len(layers) for layers in groups], space.tunable)
     costs = Costs(model, tuple(lora_targets))
@@ -131,7 +140,7 @@ def plan(
         found.append(GroupPlan(number, tuple(layers), share, tuple(parts)))
     if remainder != "leave":
         _check_even(found)
-    return Plan(space, tuple(found), budget)
+    return Plan(space, tuple(found), budget, float(lora_scale))
 
 
 def _spend(

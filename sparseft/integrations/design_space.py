@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from sparseft.design_space.plan import Plan, Remainder, plan
 from sparseft.design_space.space import Space, check_space
 from sparseft.integrations import prefix
 from sparseft.mask import Mask, aliases, fingerprint, match_names, versions, with_rest
+from sparseft.selection.arguments import check_model, check_number
 
 
 @dataclass(frozen=True)
@@ -81,37 +81,46 @@ def apply_space(
 
     Raises:
         RuntimeError: peft is missing and the space has LoRA or prefixes.
-        TypeError: the space is none, or an option of LoRA or the budget no number.
+        TypeError: the space or the model is none, or an option of LoRA or the budget no number.
         ValueError: the space does not fit the model or the budget, see `plan`; the selection is refused, see
             `select`; an option of LoRA is out of range; or the model has been adapted before.
     """
     check_space(space)
+    check_model(model)
     _check_fresh(model)
     targets = lora_targets if lora_targets is not None else _default_targets(space, model)
-    found = plan(space, model, budget, lora_targets=targets, stacks=stacks, remainder=remainder)
+    planned: dict[str, Any] = {
+        "lora_targets": list(targets),
+        "stacks": list(stacks) if stacks is not None and not isinstance(stacks, str) else stacks,
+        "remainder": remainder,
+        "lora_scale": lora_scale,
+    }
+    found = plan(space, model, budget, **planned)
     outside = _outside(model, found, dense)
-    _check_attachable(found, model, lora_scale, lora_dropout)
+    _check_attachable(found, model, lora_dropout)
     chosen = choose_entries(found, model, data, method, seed=seed, progress=progress, **options)
     before = {id(parameter): name for name, parameter in model.named_parameters()}
-    attach(found, model, lora_scale=lora_scale, lora_dropout=lora_dropout, seed=seed)
-    mask = _mask(found, model, chosen, before, outside, {"method": "design space", "selection": method, "seed": seed})
+    attach(found, model, lora_dropout=lora_dropout, seed=seed)
+    info = {"method": "design space", "selection": method, "seed": seed, "plan": planned}
+    mask = _mask(found, model, chosen, before, outside, info)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in mask or name in mask.dense)
     return Applied(found, mask, outside)
 
 
-def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: float = 0.0, seed: int = 0) -> None:
+def attach(found: Plan, model: Any, *, lora_dropout: float = 0.0, seed: int = 0) -> None:
     """Attach LoRA, prefixes and adapters of a plan to a model, in place: what a saved delta needs to be loaded.
 
     Raises:
         RuntimeError: peft is missing, or attached something else than was planned.
-        TypeError: what is to be attached is no plan, or an option of LoRA is no number.
-        ValueError: the model is not the plan's, cannot take what it has, or has been adapted before; an option is out
-            of range.
+        TypeError: what is to be attached is no plan, the model none, or lora_dropout no number.
+        ValueError: the model is not the plan's, cannot take what it has, or has been adapted before; lora_dropout is
+            out of range.
     """
+    check_model(model)
     _check_fresh(model)
     _check_planned(found, model)
-    _check_attachable(found, model, lora_scale, lora_dropout)
+    _check_attachable(found, model, lora_dropout)
     devices = {parameter.device for parameter in model.parameters() if parameter.device.type == "cuda"}
     before = sum(parameter.numel() for parameter in model.parameters())
     with torch.random.fork_rng(devices):
@@ -122,7 +131,7 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
         for part in found.parts("P"):
             for name in part.names:
                 prefix.attach(model, part.size, (name,), *heads_of(model.get_submodule(name)))
-        _attach_lora(found, model, lora_scale, lora_dropout)
+        _attach_lora(found, model, lora_dropout)
     added = sum(parameter.numel() for parameter in model.parameters()) - before
     planned = sum(part.weights for letter in "ALP" for part in found.parts(letter))
     if added != planned:
@@ -132,7 +141,7 @@ def attach(found: Plan, model: Any, *, lora_scale: float = 1.0, lora_dropout: fl
         )
 
 
-def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
+def _attach_lora(found: Plan, model: Any, dropout: float) -> None:
     ranks = {re.escape(name): part.size for part in found.parts("L") for name in part.names}
     if not ranks:
         return
@@ -143,7 +152,7 @@ def _attach_lora(found: Plan, model: Any, scale: float, dropout: float) -> None:
         # whole names, not one pattern: peft reads the parts of a pattern by their last names in some models
         target_modules=[name for part in found.parts("L") for name in part.names],
         rank_pattern=ranks,
-        alpha_pattern={name: scale * rank for name, rank in ranks.items()},
+        alpha_pattern={name: found.lora_scale * rank for name, rank in ranks.items()},
         lora_dropout=dropout,
         fan_in_fan_out=kinds == {"Conv1D"},
     )
@@ -213,12 +222,8 @@ def _check_planned(found: object, model: nn.Module) -> None:
         )
 
 
-def _check_attachable(found: Plan, model: Any, lora_scale: float, lora_dropout: float) -> None:
-    for name, value in (("lora_scale", lora_scale), ("lora_dropout", lora_dropout)):
-        if isinstance(value, bool) or not isinstance(value, int | float):
-            raise TypeError(f"{name} must be a number, got {value!r}")
-    if not 0 < lora_scale < math.inf:
-        raise ValueError(f"lora_scale must be positive, got {lora_scale}")
+def _check_attachable(found: Plan, model: Any, lora_dropout: float) -> None:
+    check_number("lora_dropout", lora_dropout)
     if not 0 <= lora_dropout < 1:
         raise ValueError(f"lora_dropout must lie in [0, 1), got {lora_dropout}")
     if found.parts("L") or found.parts("P"):
