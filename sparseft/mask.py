@@ -365,13 +365,13 @@ def aliases(model: nn.Module) -> dict[str, str]:
     return {name: first[id(parameter)] for name, parameter in every if first[id(parameter)] != name}
 
 
-def match_names(patterns: str | Iterable[str], names: Iterable[str], argument: str) -> list[str]:
-    """Return the names that match any shell-style pattern, in their order.
+def match_names(patterns: str | Iterable[str] | None, names: Iterable[str], argument: str) -> list[str]:
+    """Return the names that match any shell-style pattern, in their order; None is no pattern.
 
     Raises:
         ValueError: a pattern matches nothing.
     """
-    patterns = [patterns] if isinstance(patterns, str) else list(patterns)
+    patterns = [patterns] if isinstance(patterns, str) else list(() if patterns is None else patterns)
     names = list(names)
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):

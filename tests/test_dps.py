@@ -337,6 +337,13 @@ def test_options_that_make_no_sense_are_refused(options, message):
         DPS(model, adamw(model), **options)
 
 
+def test_none_is_no_pattern():
+    model = net()
+    schedule = DPS(model, adamw(model), stage_steps=2, dense=None)
+    schedule.close()
+    assert schedule.mask == DPS(model, adamw(model), stage_steps=2).mask
+
+
 @pytest.mark.parametrize(("option", "value"), [("stage_steps", 2.5), ("stage_steps", (2, 1.0)), ("total_steps", 1e3)])
 def test_steps_are_whole_numbers(option, value):
     model = net()

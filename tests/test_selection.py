@@ -155,6 +155,13 @@ def test_what_is_no_model_is_refused(name):
         sparseft.select(name, classifier().state_dict(), batches(), k=5)
 
 
+@pytest.mark.parametrize("name", ["magnitude", "bitfit"])
+def test_none_is_no_pattern(name):
+    model = torch.nn.Linear(6, 4)
+    density = None if name == "bitfit" else 0.5
+    assert sparseft.select(name, model, density=density, dense=None) == sparseft.select(name, model, density=density)
+
+
 def test_a_method_is_a_name():
     with pytest.raises(TypeError, match=r"must be given by name, before the model, got Sequential$"):
         sparseft.select(classifier(), "fish", batches(), k=5)

@@ -47,7 +47,7 @@ def apply_space(
     data: Iterable[Any] | None = None,
     *,
     method: str = "fish",
-    dense: str | Iterable[str] = (),
+    dense: str | Iterable[str] | None = (),
     lora_targets: Sequence[str] | None = None,
     lora_scale: float = 1.0,
     lora_dropout: float = 0.0,
@@ -184,7 +184,7 @@ def _mask(
     return with_rest(mask, model)
 
 
-def _outside(model: nn.Module, found: Plan, dense: str | Iterable[str]) -> tuple[str, ...]:
+def _outside(model: nn.Module, found: Plan, dense: str | Iterable[str] | None) -> tuple[str, ...]:
     names = match_names(dense, [name for name, _ in model.named_parameters()], "dense")
     layers = [layer for group in found.groups for layer in group.layers]
     inside = [name for name in names if any(layer.owns(name) for layer in layers)]

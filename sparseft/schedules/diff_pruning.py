@@ -79,7 +79,7 @@ class DiffPruning(Schedule):
         log_alpha: float = 5.0,
         stretch: tuple[float, float] = (-1.5, 1.5),
         include: str | Iterable[str] | None = None,
-        dense: str | Iterable[str] = (),
+        dense: str | Iterable[str] | None = (),
         scope: Scope = "global",
         seed: int = 0,
     ) -> None:

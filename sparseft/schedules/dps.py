@@ -65,7 +65,7 @@ class DPS(Schedule):
         total_steps: int | None = None,
         update_ratio: float = 0.05,
         include: str | Iterable[str] | None = None,
-        dense: str | Iterable[str] = (),
+        dense: str | Iterable[str] | None = (),
         scope: Scope = "tensor",
     ) -> None:
         check_share(density)

@@ -63,7 +63,7 @@ class LTSFT(Schedule):
         rounds: int = 1,
         sparse_steps: int | None = None,
         include: str | Iterable[str] | None = None,
-        dense: str | Iterable[str] = (),
+        dense: str | Iterable[str] | None = (),
         scope: Scope = "global",
     ) -> None:
         check_share(density)

@@ -21,7 +21,7 @@ def whole_mask(
     model: nn.Module,
     optimizer: SparseOptimizer,
     include: str | Iterable[str] | None,
-    dense: str | Iterable[str],
+    dense: str | Iterable[str] | None,
     default: Iterable[str] | None = None,
 ) -> Mask:
     """Return the mask of all entries that may be chosen; what else the optimizer trains is dense in it.

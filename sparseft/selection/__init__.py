@@ -59,7 +59,7 @@ def select(
     *,
     k: int | None = None,
     per_group: int | None = None,
-    dense: str | Iterable[str] = (),
+    dense: str | Iterable[str] | None = (),
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     scope: Scope | None = None,
@@ -155,7 +155,7 @@ def ird_search(
     density: float | None = None,
     *,
     k: int | None = None,
-    dense: str | Iterable[str] = (),
+    dense: str | Iterable[str] | None = (),
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
     scope: Scope | None = None,
@@ -192,7 +192,7 @@ def ird_search(
 
 def selectable(
     model: nn.Module,
-    dense: str | Iterable[str] = (),
+    dense: str | Iterable[str] | None = (),
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
 ) -> tuple[list[str], list[str]]:
@@ -242,7 +242,7 @@ def _check_no_budget(name: str, **given: Any) -> None:
 
 def _prepared(
     model: nn.Module,
-    dense: str | Iterable[str],
+    dense: str | Iterable[str] | None,
     include: str | Iterable[str] | None,
     exclude: str | Iterable[str] | None,
 ) -> tuple[list[str], dict[str, Any]]:

@@ -23,7 +23,7 @@ def disjoint_masks(
     density: float | None = None,
     *,
     k: int | None = None,
-    dense: str | Iterable[str] = (),
+    dense: str | Iterable[str] | None = (),
 ) -> list[Mask]:
     """Select the best entries for several workers, and give each the same number of them, and about the same scores.
 
