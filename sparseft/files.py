@@ -46,9 +46,15 @@ def save_text(path: str | os.PathLike[str], text: str) -> None:
     _replace(Path(path), lambda temporary: Path(temporary).write_text(text, encoding="utf-8"))
 
 
+def check_folder(path: str | os.PathLike[str]) -> None:
+    """Raise unless the folder that a file is to be written into is there."""
+    folder = Path(path).parent
+    if not folder.is_dir():
+        raise FileNotFoundError(f"could not write {path}: there is no folder {folder}; make it first")
+
+
 def _replace(path: Path, write: Callable[[str], Any]) -> None:
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f"could not write {path}: there is no folder {path.parent}; make it first")
+    check_folder(path)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(descriptor)
     try:

@@ -220,6 +220,11 @@ def test_logs_are_of_the_layers_too(tmp_path):
             search(separable, Options(groups=4, layers=other, strategies="S", samples=2), log=log)
 
 
+def test_a_log_in_a_folder_that_is_not_there_is_refused_before_any_work(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
+        search(pytest.fail, OPTIONS, log=tmp_path / "nowhere" / "log.jsonl")
+
+
 @pytest.mark.parametrize("figure", [float("nan"), float("inf")])
 def test_figures_must_be_finite(figure, tmp_path):
     log = tmp_path / "log.jsonl"
@@ -254,4 +259,6 @@ def test_the_log_is_plain_json_and_the_table_and_the_picture_show_the_path(tmp_p
     assert spindle == ["spindle", "6", f"{statistics.mean(choice.figures):.4f}", f"{error:.4f}", "kept"]
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sparseft[plot]'")
     path.plot(tmp_path / "path.png")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
+        path.plot(tmp_path / "nowhere" / "path.png")
     assert (tmp_path / "path.png").read_bytes().startswith(b"\x89PNG")

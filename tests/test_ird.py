@@ -475,6 +475,8 @@ def test_the_path_travels_with_the_mask(tmp_path):
         loaded.mask  # noqa: B018
     with pytest.raises(ValueError, match="must come from method 'ird'"):
         IRDPath.of(sparseft.select("random", model, k=5))
+    with pytest.raises(TypeError, match=r"mask must be a sparseft\.Mask, got NoneType"):
+        IRDPath.of(None)
 
 
 def test_the_path_as_a_table():
@@ -493,6 +495,8 @@ def test_the_path_as_a_picture(tmp_path, monkeypatch):
         patch.setitem(sys.modules, "matplotlib.figure", None)
         with pytest.raises(RuntimeError, match="needs matplotlib"):
             path.plot(tmp_path / "path.png")
+    with pytest.raises(FileNotFoundError, match=r"there is no folder .*nowhere; make it first"):
+        path.plot(tmp_path / "nowhere" / "path.png")
     pytest.importorskip("matplotlib")
     for name in ("path.png", "path.svg"):
         path.plot(tmp_path / name)
@@ -515,7 +519,15 @@ def test_the_path_as_a_picture(tmp_path, monkeypatch):
         ({"memory_limit": -1}, "memory_limit must be"),
         ({"min_density": 0.9, "select_by": "ladder"}, "min_density must lie in"),
         ({"length_normalisation": True, "select_by": "ladder"}, "needs an attention mask"),
-        ({"evaluator": lambda mask: math.nan}, "got NaN"),
+        ({"evaluator": lambda mask: math.nan}, r"evaluator must return a finite number, got nan for Mask\(ird"),
+        (
+            {"evaluator": lambda mask: -math.inf},
+            "got -inf for .*; return the worst figure there is for a run that div",
+        ),
+        (
+            {"trial_lr": 3e37},
+            r"must measure a finite loss .*, got (nan|inf) at trial_lr=3e\+37; choose a lower trial_lr",
+        ),
     ],
 )
 def test_bad_options_are_named(options, message):
@@ -524,6 +536,8 @@ def test_bad_options_are_named(options, message):
 
 
 def test_unknown_options_and_missing_data_are_named():
+    with pytest.raises(TypeError, match=r"evaluator must return a number, got None; return the figure of the mask"):
+        sparseft.select("ird", classifier(), batches(), 0.3, progress=False, evaluator=lambda mask: None)
     with pytest.raises(TypeError, match=r"method 'ird' has no option sample; it has .*min_samples"):
         sparseft.select("ird", classifier(), batches(), 0.3, sample=5)
     with pytest.raises(ValueError, match="needs data"):

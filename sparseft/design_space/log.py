@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sparseft.files import check_folder
+
 
 class Log:
     """Figures by what they are of, in memory and, if there is a path, in a file that a later search goes on with.
@@ -19,6 +21,7 @@ class Log:
         header: what the search depends on, plain JSON values.
 
     Raises:
+        FileNotFoundError: the folder of the file is not there.
         ValueError: the file is of another search, or no log.
     """
 
@@ -26,6 +29,7 @@ class Log:
         self._path = None if path is None else Path(path)
         self._figures: dict[str, float] = {}
         if self._path is not None:
+            check_folder(self._path)
             first = {"format": "sparseft design space search 1", **header}
             if self._path.exists():
                 self._read(self._path, first)

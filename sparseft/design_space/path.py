@@ -84,6 +84,7 @@ class SearchPath:
         A choice that is another one by another name is left out.
 
         Raises:
+            FileNotFoundError: the folder of the file is not there.
             RuntimeError: matplotlib is not installed.
             ValueError: the path's ending is none of matplotlib's formats.
         """

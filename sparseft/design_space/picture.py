@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparseft.files import check_folder
 from sparseft.pictures import figure
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ def draw(choices: Sequence[Choice], path: str | os.PathLike[str]) -> None:
     """Draw choices to a file whose name ends in .png, .pdf or .svg.
 
     Raises:
+        FileNotFoundError: the folder of the file is not there.
         RuntimeError: matplotlib is not installed.
     """
+    check_folder(path)
     choices = [choice for choice in choices if choice.same_as is None]
     stages = list(dict.fromkeys(choice.stage for choice in choices))
     of_stage = {stage: [choice for choice in choices if choice.stage == stage] for stage in stages}

@@ -9,7 +9,6 @@ one by another name, as happens in shallow models, is not judged again.
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from sparseft.design_space.log import Log
 from sparseft.design_space.path import Choice, SearchPath
 from sparseft.design_space.sizes import ALLOCATIONS, GROUPINGS, group_sizes, proportions
 from sparseft.design_space.space import STRATEGIES, Space
+from sparseft.selection.arguments import checked_figure
 
 # draws for each space wanted before a choice is taken to have no more of them
 _DRAWS = 100
@@ -106,6 +106,7 @@ def search(
         The path: every choice with its mean, and the space that was found.
 
     Raises:
+        FileNotFoundError: the folder of the log is not there.
         TypeError: evaluate is no function, or what it returns no number.
         ValueError: a figure is not finite; the log is of another search; or no choice of a stage is possible.
     """
@@ -173,12 +174,7 @@ def _judge(
         what = {"stage": stage, "choice": value if isinstance(value, str) else list(value), "space": space.plain()}
         figure = record.get(what)
         if figure is None:
-            figure = _figure(evaluate(space))
-            if not math.isfinite(figure):
-                raise ValueError(
-                    f"evaluate must return a finite number, got {figure} for {space}; return the worst figure there "
-                    "is for a run that diverged"
-                )
+            figure = checked_figure("evaluate", evaluate(space), space)
             record.add(what, figure)
         figures.append(figure)
     return Choice(stage, value, tuple(figures))
@@ -237,10 +233,3 @@ def _subsets(values: Sequence[Any] | range) -> list[tuple[Any, ...]]:
     """Return every subset but the empty one, small ones first."""
     sizes = range(1, len(values) + 1)
     return [subset for size in sizes for subset in itertools.combinations(values, size)]
-
-
-def _figure(returned: object) -> float:
-    try:
-        return float(returned)  # type: ignore[arg-type]
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"evaluate must return a number, got {returned!r}; return the figure of the space") from error

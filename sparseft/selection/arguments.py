@@ -33,6 +33,22 @@ def check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def checked_figure(name: str, returned: object, judged: object) -> float:
+    """Return what a caller's function says of something that it judges, if it is a finite number."""
+    try:
+        figure = float(returned)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise TypeError(
+            f"{name} must return a number, got {returned!r}; return the figure of the {type(judged).__name__.lower()}"
+        ) from error
+    if not math.isfinite(figure):
+        raise ValueError(
+            f"{name} must return a finite number, got {figure} for {judged}; return the worst figure there is for a "
+            "run that diverged"
+        )
+    return figure
+
+
 def check_model(model: object) -> None:
     """Raise unless an argument is a model."""
     if not isinstance(model, nn.Module):

@@ -24,6 +24,7 @@ from sparseft.fisher.columns import ColumnPass
 from sparseft.fisher.loss import Objective
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.mask import Mask
+from sparseft.selection.arguments import checked_figure
 from sparseft.selection.ird.options import Evaluator, Options
 from sparseft.selection.ird.passes import fisher_of, squared_norms
 from sparseft.selection.ird.path import Cell, IRDPath
@@ -197,10 +198,7 @@ def _trial(model: nn.Module, pool: Pool, held_out: Pool, options: Options, seed:
 
 
 def _judged(evaluator: Evaluator, mask: Mask) -> float:
-    figure = float(evaluator(mask))
-    if math.isnan(figure):
-        raise ValueError("the evaluator must return a number, higher is better, got NaN; did its training diverge?")
-    return figure
+    return checked_figure("evaluator", evaluator(mask), mask)
 
 
 def _check_used(used: list[int], pool: Pool, most: float) -> None:

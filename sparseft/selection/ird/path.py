@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from sparseft.mask import Mask
+from sparseft.mask import Mask, check_mask
 
 
 @dataclass(frozen=True)
@@ -59,8 +59,10 @@ class IRDPath:
         """Return the path that a mask of method "ird" was found on; it is saved with the mask.
 
         Raises:
+            TypeError: the mask is none.
             ValueError: the mask was made by another method.
         """
+        check_mask(mask)
         found = mask.info.get("path")
         if not isinstance(found, Mapping):
             raise ValueError(
@@ -113,7 +115,9 @@ class IRDPath:
         """Draw the path to a file: samples against density, a dot a cell, the darker the better.
 
         Raises:
+            FileNotFoundError: the folder of the file is not there.
             RuntimeError: matplotlib is not installed.
+            ValueError: the path's ending is none of matplotlib's formats.
         """
         from sparseft.selection.ird.picture import draw
 

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from sparseft.files import check_folder
 from sparseft.pictures import figure
 
 if TYPE_CHECKING:
@@ -16,8 +17,10 @@ def draw(cells: Sequence[Cell], path: str | os.PathLike[str]) -> None:
     """Draw cells to a file whose name ends in .png, .pdf or .svg.
 
     Raises:
+        FileNotFoundError: the folder of the file is not there.
         RuntimeError: matplotlib is not installed.
     """
+    check_folder(path)
     judged = all(cell.figure is not None for cell in cells)
     shades = [cell.figure if cell.figure is not None else cell.fisher_mass for cell in cells]
     canvas = figure(6.5, 4.5)

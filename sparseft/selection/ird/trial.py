@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -39,7 +40,11 @@ class Trial:
         self._device = next(model.parameters()).device
 
     def __call__(self, mask: Mask) -> float:
-        """Return the figure of a mask."""
+        """Return the figure of a mask.
+
+        Raises:
+            ValueError: the training diverged.
+        """
         every = dict(self._model.named_parameters())
         parameters: dict[str, Tensor] = {name: every[name] for name in (*mask, *mask.dense)}
         indices = {name: mask[name].to(every[name].device).long() for name in mask}
@@ -57,7 +62,13 @@ class Trial:
                         parameter.view(-1)[indices[name]] = values[name].to(parameter.dtype)
             with torch.no_grad():
                 losses = torch.cat([self._losses(batch, positions) for batch, positions in self._held_out])
-        return -float(losses.mean())
+        figure = -float(losses.mean())
+        if not math.isfinite(figure):
+            raise ValueError(
+                f"the default evaluator must measure a finite loss after its training, got {-figure} at trial_lr="
+                f"{self._lr}; choose a lower trial_lr"
+            )
+        return figure
 
     def _losses(self, batch: object, positions: list[int]) -> Tensor:
         return self._objective(self._model, to_device(batch, self._device), positions).outputs
