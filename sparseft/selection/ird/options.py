@@ -42,9 +42,10 @@ class Options:
             all selectable entries ("all"), for which every sample is run by itself once.
         select_by: what is best. "evaluator": the figure of an evaluator. "fisher_mass": the end of the path, each
             round of order "branch" moving to where most Fisher mass is kept. "ladder": the end of the path.
-        evaluator: mask -> figure, finite, higher is better; by default the loss on samples of the data that are held out,
-            after a short training with the mask (see `trial`). One of your own must leave the model as it found it,
-            and must not look at the data that the final result is reported on: the search would have trained on them.
+        evaluator: mask -> finite figure, higher is better; by default the loss on samples of the data that are held
+            out, after a short training with the mask (see `trial`). One of your own must leave the model as it found
+            it, and must not look at the data that the final result is reported on: the search would have trained on
+            them.
         held_out: share of the samples read that the default evaluator measures on, and nothing else looks at.
         trial_steps: steps of its training.
         trial_lr: learning rate of its training.
