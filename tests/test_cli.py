@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -567,6 +568,40 @@ def test_diverged_training_is_a_failure(bert, data, tmp_path):
     message = run("train", bert, *data, "--method", "random", "--lr", 1e38, "-o", tmp_path / "out", expect=1)
     assert "training diverged at learning rate 1e+38" in message
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["random", "full"])
+def test_training_that_diverged_does_not_go_on_to_its_end(bert, data, tmp_path, method):
+    options = ["--method", method, "--lr", 1e30, "--max-steps", 10_000, "-o", tmp_path / "out"]
+    message = run("train", bert, *data, *options, expect=1)
+    assert re.search(
+        r"diverged at learning rate 1e\+30 and 0.03: the loss is not finite, from step \d+ to step 50", message
+    )
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("bad", "ends"), [(range(3, 28), None), (range(26, 50), None), (range(26, 51), 50)])
+def test_a_loss_that_is_finite_again_is_not_the_end(tmp_path, bad, ends):
+    from sparseft.integrations.watching import WatchedTrainer
+
+    class Net(torch.nn.Linear):
+        def forward(self, x):
+            return (self.weight.sum() * 0 + x.mean(),)
+
+    rows = [{"x": float("nan") if step in bad else 1.0} for step in range(1, 61)]
+    options = {"train_sampling_strategy": "sequential", "report_to": "none", "save_strategy": "no"}
+    arguments = transformers.TrainingArguments(
+        tmp_path, per_device_train_batch_size=1, num_train_epochs=1, max_grad_norm=0.0, use_cpu=True, **options
+    )
+    model = Net(1, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    trainer = WatchedTrainer(model, arguments, train_dataset=rows, optimizers=(optimizer, None))
+    if ends is None:
+        trainer.train()
+        assert trainer.state.global_step == 60
+    else:
+        with pytest.raises(RuntimeError, match=f"from step {bad[0]} to step {ends}, where it ended"):
+            trainer.train()
 
 
 def test_a_full_disk_leaves_the_old_run(bert, data, tmp_path, monkeypatch):

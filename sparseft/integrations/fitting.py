@@ -41,10 +41,14 @@ def fit(
         bf16: run forward and backward in bf16 autocast.
         seed: order of the rows and dropout.
         progress: show a progress bar on stderr.
+
+    Raises:
+        RuntimeError: training diverged: the loss was not finite for many steps on end.
     """
-    from transformers import PrinterCallback, Trainer, TrainingArguments, get_linear_schedule_with_warmup
+    from transformers import PrinterCallback, TrainingArguments, get_linear_schedule_with_warmup
 
     from sparseft.integrations.clock import Clock
+    from sparseft.integrations.watching import WatchedTrainer
 
     schedule = get_linear_schedule_with_warmup(optimizer, math.ceil(WARMUP * steps), steps)
     clock = Clock("train", progress)
@@ -68,7 +72,7 @@ def fit(
         )
         # one process trains on one device: DataParallel would multiply the batch
         arguments._n_gpu = min(arguments.n_gpu, 1)
-        trainer = Trainer(
+        trainer = WatchedTrainer(
             model,
             arguments,
             data_collator=encoded.collate,

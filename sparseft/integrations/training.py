@@ -103,7 +103,7 @@ def train(
 
     Raises:
         ValueError: an option is out of range, or there is nothing that head_lr is for.
-        RuntimeError: the model's outputs are not finite after training.
+        RuntimeError: training diverged: the loss is not finite for many steps, or the outputs after it.
     """
     method = "full" if mask is None else mask.info.get("method")
     check_schedule(lr, epochs, max_steps, batch_size, head_lr)
