@@ -19,6 +19,7 @@ from sparseft.index_lists import PACKED, check_packed, count, index_dtype, posit
 
 _PREFIX = "indices."
 _SHOWN = 3  # names in a repr
+_BLOCK = 1 << 18  # elements
 
 # in the info of a mask that a schedule chose: it trained weights outside of it before
 OTHERS_TRAINED = "others_trained"
@@ -345,11 +346,7 @@ def fingerprint_of_rest(model: nn.Module, mask: Mask) -> dict[str, str]:
     It is of the parameter's bytes with zeros in place of the selected entries.
     """
     parameters = dict(model.named_parameters())
-    found = {}
-    for name, index in mask.items():
-        whole = parameters[name].detach().cpu().reshape(-1)
-        found[name] = _digest(whole.index_fill(0, index.cpu().long(), 0))
-    return found
+    return {name: _digest_of_rest(parameters[name], index) for name, index in mask.items()}
 
 
 def with_rest(mask: Mask, model: nn.Module) -> Mask:
@@ -388,6 +385,18 @@ def versions() -> dict[str, str]:
 def _digest(parameter: Tensor) -> str:
     data = parameter.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
     return hashlib.blake2b(data.data, digest_size=8).hexdigest()
+
+
+def _digest_of_rest(parameter: Tensor, index: Tensor) -> str:
+    whole, index = parameter.detach().cpu().reshape(-1), index.cpu().long()
+    bounds = torch.searchsorted(index, torch.arange(0, len(whole) + _BLOCK, _BLOCK)).tolist()
+    digest = hashlib.blake2b(digest_size=8)
+    # block by block: a copy of a whole embedding would be the most memory that a choice takes
+    for place, block in enumerate(whole.split(_BLOCK)):
+        kept = block.clone()
+        kept[index[bounds[place] : bounds[place + 1]] - place * _BLOCK] = 0
+        digest.update(kept.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _some(names: Sequence[str]) -> str:

@@ -18,9 +18,8 @@ from torch import Tensor
 _FEWEST_ROWS = 16  # below, starting oneDNN costs what it saves
 _SMALLEST_WEIGHT = 1 << 13
 _SMALLEST_GRADIENT = 1 << 21  # in multiply-adds
-_SMALLEST_PRODUCT = (
-    1 << 24
-)  # in multiply-adds: below, looking for rows that are zero costs what leaving them out saves
+_ROWS_AT_ONCE = 64  # oneDNN keeps code for every number of rows that it met
+_SMALLEST_PRODUCT = 1 << 24  # in multiply-adds, of an input gradient whose rows are looked through
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -51,9 +50,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
     """Return dy @ weight, the gradient of a linear layer's input, in memory of its own; no gradient is recorded.
 
-    dy: [..., O]; weight: [O, I]; one dtype. On the CPU rows of dy that are zero are not multiplied, if a quarter of
-    them is: padding, and in the last layer of a classifier every token that its head does not look at. Their gradient
-    is 0, also where a weight is infinite.
+    dy: [..., O]; weight: [O, I]; one dtype. On the CPU rows of dy that are zero are left out, if a quarter of them is:
+    padding, and in the last layer of a classifier every token that its head does not look at.
     """
     rows = dy.reshape(math.prod(dy.shape[:-1]), dy.shape[-1])
     live = _live_rows(rows, weight)
@@ -65,15 +63,16 @@ def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:
 
 
 def _live_rows(rows: Tensor, weight: Tensor) -> Tensor | None:
-    """Return which rows are not zero; None where leaving out the others gains nothing."""
+    """Return which rows to multiply: those that are not zero, a few others; None where the rest would gain nothing."""
     # a GPU would have to be waited for
     if rows.device.type != "cpu" or torch.compiler.is_compiling() or len(rows) * weight.numel() < _SMALLEST_PRODUCT:
         return None
     # the first feature tells of most rows
     if 4 * int(rows[:, 0].count_nonzero()) > 3 * len(rows):
         return None
-    live = rows.any(1).nonzero()[:, 0]
-    return None if 4 * len(live) > 3 * len(rows) else live
+    live = rows.any(1)
+    count = -(-int(live.sum()) // _ROWS_AT_ONCE) * _ROWS_AT_ONCE
+    return None if 4 * count > 3 * len(rows) else live.byte().argsort(descending=True, stable=True)[:count]
 
 
 def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ def library(request, monkeypatch):
     monkeypatch.setattr(products, "_SMALLEST_WEIGHT", 1)
     monkeypatch.setattr(products, "_SMALLEST_GRADIENT", 1)
     monkeypatch.setattr(products, "_SMALLEST_PRODUCT", 1)
+    monkeypatch.setattr(products, "_ROWS_AT_ONCE", 3)
     return request.param
 
 
@@ -99,15 +100,26 @@ def test_input_gradient(library, shape, live, layout, dtype):
     assert not want.numel() or float((dx - want).abs().max()) <= tolerance * float(want.abs().max())
 
 
-def test_rows_that_are_zero_are_not_multiplied(library):
-    """Seen by a weight that is infinite. NaN is not zero, wherever it stands in its row."""
-    dy, weight = torch.zeros(2, 8, 20), torch.full((20, 3), torch.inf)
-    dy[:, 0, 18] = 1
+def test_rows_that_are_zero_are_left_out(library, monkeypatch):
+    """All but a few, so that products come in few sizes. NaN is not zero, wherever it stands in its row."""
+    multiplied = []
+    linear = products.linear
+
+    def counted(x, weight, bias=None):
+        multiplied.append(len(x.reshape(-1, x.shape[-1])))
+        return linear(x, weight, bias)
+
+    monkeypatch.setattr(products, "linear", counted)
+    dy, weight = torch.zeros(2, 8, 20), torch.randn(20, 3)
+    dy[0, 5, 18] = 1
+    dy[1, 2:4, 0] = torch.nan
     dx = products.input_gradient(dy, weight)
-    assert bool(dx[:, 0].isnan().all())  # 0 * inf beside 1 * inf
-    assert bool((dx[:, 1:] == 0).all())
-    dy[0, 3, 0] = torch.nan
-    assert bool(products.input_gradient(dy, weight)[0, 3].isnan().all())
+    assert torch.equal(dx[0, 5], weight[18])
+    assert bool(dx[1, 2:4].isnan().all())
+    assert int((dx != 0).any(-1).sum()) == 3
+    dy[0, 0] = 1
+    products.input_gradient(dy, weight)
+    assert multiplied == [3, 6]
 
 
 @pytest.mark.parametrize(
