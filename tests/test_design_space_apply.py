@@ -153,7 +153,8 @@ def test_a_delta_says_how_its_plan_is_made_again_in_a_new_process(tmp_path, opti
     wanted = model(**models.batch("bert")).logits
     files = [str(tmp_path / name) for name in ("delta.safetensors", "logits.pt")]
     subprocess.run([sys.executable, "-c", NEW_PROCESS, *files], check=True, cwd=Path(__file__).parent)
-    assert torch.equal(torch.load(files[1]), wanted)
+    # another process may have another number of threads, and so another order of sums
+    torch.testing.assert_close(torch.load(files[1]), wanted, rtol=1e-5, atol=1e-5)
     again = models.make("bert").eval()
     attach(found.plan, again)
     sparseft.load_delta(again, files[0])

@@ -77,7 +77,7 @@ SCHEDULES = {
 # fewer entries, or fewer states of them, make a state that there could be
 COULD_BE = [("mask", "indices"), ("chosen", "indices"), ("left_out",)]
 # say how a mask came to be
-NOTES = {"info", "aliases", "fingerprint"}
+NOTES = {"info", "aliases", "fingerprint", "rest"}
 
 
 def places(part, *path):
