@@ -17,6 +17,7 @@ from torch.utils.cpp_extension import BuildExtension, CppExtension, CUDAExtensio
 CPU_SOURCES = [
     "csrc/module.cpp",
     "csrc/cpu/adamw.cpp",
+    "csrc/cpu/attention.cpp",
     "csrc/cpu/delta_swap.cpp",
     "csrc/cpu/fisher_linear.cpp",
     "csrc/cpu/fisher_segments.cpp",

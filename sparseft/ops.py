@@ -24,6 +24,10 @@ _STEP_OPTIONS = (
     "Tensor(z!)[]? scales=None, Tensor? lr_tensor=None, Tensor? grad_scale=None, Tensor? found_inf=None) -> ()"
 )
 SCHEMAS = {
+    "attention": "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, bool causal) "
+    "-> (Tensor, Tensor)",
+    "attention_backward": "(Tensor out_gradient, Tensor query, Tensor key, Tensor value, Tensor? bias, "
+    "Tensor log_sums, float scale, bool causal) -> (Tensor, Tensor, Tensor)",
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None, "
     "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
     "fisher_linears_": "(Tensor(a!)[] fishers, Tensor[] xs, Tensor[] dys) -> ()",
@@ -44,10 +48,29 @@ SCHEMAS = {
     + _STEP_OPTIONS,
 }
 
+# nobody calls these on a GPU, where torch's own are fast
+CPU_ONLY = ("attention", "attention_backward")
+
 # op -> device -> who serves it there; read by `sparseft doctor`
 SERVED_BY: dict[str, dict[str, str]] = {name: {"cpu": "reference", "cuda": "reference"} for name in SCHEMAS}
 
 _library = torch.library.Library("sparseft", "DEF")
+
+
+def _fake_heads(heads: Tensor, features: int) -> Tensor:
+    n, h, t, _ = heads.shape
+    return heads.new_empty(n, t, h, features).transpose(1, 2)
+
+
+def _fake_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    return _fake_heads(query, value.shape[3]), query.new_empty(query.shape[:3])
+
+
+def _fake_attention_backward(out_gradient: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    query, key, value = (_fake_heads(tensor, tensor.shape[3]) for tensor in tensors[:3])
+    return query, key, value
 
 
 def _fake_outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
@@ -68,6 +91,8 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
 
 
 _FAKES: dict[str, Callable[..., Any]] = {
+    "attention": _fake_attention,
+    "attention_backward": _fake_attention_backward,
     "outer_at": _fake_outer_at,
     "topk_indices": _fake_topk_indices,
     "gather": _fake_gather,
@@ -96,7 +121,7 @@ def _register() -> None:
                 SERVED_BY[name][device] = "c++"
     if importlib.util.find_spec("triton") is not None:
         for name in SCHEMAS:
-            if SERVED_BY[name]["cuda"] == "reference":
+            if SERVED_BY[name]["cuda"] == "reference" and name not in CPU_ONLY:
                 _library.impl(name, _from_triton(name), "CUDA")
                 SERVED_BY[name]["cuda"] = "triton"
 

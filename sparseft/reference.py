@@ -17,6 +17,8 @@ from sparseft.reference_optim import adamw_, lion_, sgd_, wide
 
 __all__ = [
     "adamw_",
+    "attention",
+    "attention_backward",
     "delta_swap_",
     "fisher_linear_",
     "fisher_linears_",
@@ -151,3 +153,60 @@ def delta_swap_(params: list[Tensor], indices: list[Tensor], values: list[Tensor
         replaced = flat[selected]
         flat[selected] = value
         value.copy_(replaced)
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Return `softmax(scale * query @ key.T + bias) @ value` and the logarithms of the sums softmax divides by.
+
+    query: fp32 [N, H, T, D]; key: [N, G, S, D] and value: [N, G, S, E], where head h of H uses head h // (H / G);
+    bias: fp32 [N, H, T, S], any strides, or None; causal: query t sees keys 0 to t. Returns [N, H, T, E], whose memory
+    is [N, T, H, E], and [N, H, T]. A query that sees no key, all of whose scores are -inf, gets zeros in both.
+    """
+    scores = _scores(query, key, bias, scale, causal)
+    log_sums = scores.logsumexp(-1)
+    log_sums = log_sums.masked_fill(log_sums == -torch.inf, 0)
+    return _tokens_first((scores - log_sums[..., None]).exp() @ _for_heads(value, query)), log_sums
+
+
+def attention_backward(
+    out_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    log_sums: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of `attention`'s query, key and value, whose memory is [N, tokens, heads, features].
+
+    out_gradient: [N, H, T, E], of the output; log_sums: what `attention` returned beside it.
+    """
+    probabilities = (_scores(query, key, bias, scale, causal) - log_sums[..., None]).exp()
+    gradients = out_gradient @ _for_heads(value, query).mT
+    gradients = scale * probabilities * (gradients - (probabilities * gradients).sum(-1, keepdim=True))
+    results = (
+        gradients @ _for_heads(key, query),
+        (gradients.mT @ query).unflatten(1, (key.shape[1], -1)).sum(2),
+        (probabilities.mT @ out_gradient).unflatten(1, (key.shape[1], -1)).sum(2),
+    )
+    return _tokens_first(results[0]), _tokens_first(results[1]), _tokens_first(results[2])
+
+
+def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:
+    scores = scale * query @ _for_heads(key, query).mT
+    if bias is not None:
+        scores = scores + bias
+    if causal:
+        scores = scores.masked_fill(torch.ones_like(scores, dtype=torch.bool).triu(1), -torch.inf)
+    return scores
+
+
+def _for_heads(shared: Tensor, query: Tensor) -> Tensor:
+    return shared.repeat_interleave(query.shape[1] // shared.shape[1], 1)
+
+
+def _tokens_first(heads: Tensor) -> Tensor:
+    return heads.transpose(1, 2).contiguous().transpose(1, 2)

@@ -54,7 +54,7 @@ def implementations(op: str, device: str) -> dict[str, Callable[..., Any]]:
     found: dict[str, Callable[..., Any]] = {
         f"dispatcher ({ops.SERVED_BY[op][device]})": getattr(torch.ops.sparseft, op)
     }
-    if device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1":
+    if op not in ops.CPU_ONLY and (device == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"):
         found["triton"] = getattr(importlib.import_module("sparseft.kernels"), op)
     return found
 
@@ -63,6 +63,8 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
     """Yield calls of an op: plain ones, and every shape that has ever broken a kernel."""
     generator = torch.Generator().manual_seed(0)
     makers: dict[str, Callable[[torch.Generator, torch.dtype], Iterator[Sample]]] = {
+        "attention": _attention_inputs,
+        "attention_backward": _attention_backward_inputs,
         "fisher_linear_": _fisher_linear_inputs,
         "fisher_linears_": _fisher_linears_inputs,
         "fisher_segments_": _fisher_segments_inputs,
@@ -89,7 +91,7 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
         return list(call.args[0])
     if op == "outer_at":
         return [result]
-    if op in ("topk_indices", "gather"):
+    if op in ("attention", "attention_backward", "topk_indices", "gather"):
         return list(result)
     if op == "delta_swap_":
         return [*call.args[0], *call.args[2]]
@@ -159,6 +161,41 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 def _randn(generator: torch.Generator, *shape: int) -> Tensor:
     return torch.randn(*shape, generator=generator)
+
+
+def _attention_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    """In fp32, the only dtype these ops take."""
+    for n, h, g, t, s, d, e in [
+        (2, 3, 3, 37, 53, 20, 20),
+        (1, 1, 1, 1, 1, 1, 1),
+        (2, 4, 2, 33, 70, 16, 24),
+        (1, 6, 1, 64, 64, 32, 32),
+        (1, 2, 2, 130, 31, 7, 66),
+    ]:
+        query, key = _randn(generator, n, t, h, d).transpose(1, 2), _randn(generator, n, g, s, d)
+        value, bias = _randn(generator, n, g, e, s).mT, _randn(generator, n, h, t, s)
+        shape = f"N{n} H{h} G{g} T{t} S{s} D{d} E{e}"
+        scale = d**-0.5
+        yield Sample(shape, (query, key, value, None, scale, False))
+        yield Sample(f"{shape} causal", (query, key, value, None, scale, True))
+        yield Sample(f"{shape} bias", (query, key, value, bias, scale, False))
+        yield Sample(f"{shape} bias of keys", (query, key, value, bias[:, :1, :1].expand(n, h, t, s), scale, True))
+        hidden = torch.where(bias[:1, :1] > 0, 0.0, -torch.inf)
+        hidden[:, :, t // 2] = -torch.inf  # this query sees nothing
+        yield Sample(f"{shape} hidden keys", (query, key, value, hidden.expand(n, h, t, s), scale, False))
+    yield Sample("large scores", (100 * query, key, value, None, 1.0, False))
+
+
+def _attention_backward_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    for sample in _attention_inputs(generator, dtype):
+        query, key, value, bias, scale, causal = sample.args
+        out, log_sums = reference.attention(*sample.args)
+        out_gradient = _randn(generator, *out.shape)
+        call = (query, key, value, bias, log_sums, scale, causal)
+        yield Sample(sample.id, (out_gradient, *call))
+        out_gradient = out_gradient.clone()
+        out_gradient[:, :, :-1] = 0
+        yield Sample(f"{sample.id}, the last query alone", (out_gradient, *call))
 
 
 def _fisher_linear_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

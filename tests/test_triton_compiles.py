@@ -27,7 +27,8 @@ from sparseft import index_lists, ops, testing
 
 ARCHITECTURES = (80, 90)
 HELPERS = ["_histogram_kernel", "_count_kernel", "_fisher_linear_spans_kernel", "_fisher_linears_spans_kernel"]
-KERNELS = [f"_{op.rstrip('_')}_kernel" for op in ops.SCHEMAS] + HELPERS
+OPS = [op for op in ops.SCHEMAS if op not in ops.CPU_ONLY]
+KERNELS = [f"_{op.rstrip('_')}_kernel" for op in OPS] + HELPERS
 FISHER_KERNELS = ["_fisher_linear_kernel", "_fisher_linears_kernel", "_fisher_segments_kernel"]
 PRODUCT_KERNELS = [*FISHER_KERNELS, "_selected_grad_kernel"]
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
@@ -80,7 +81,7 @@ def launch_everything(architecture: int) -> None:
     tiles = importlib.import_module("sparseft.kernels.tiles")
     hopper = architecture >= 90
     tiles.gpu = lambda device: (hopper, 132)
-    for op in ops.SCHEMAS:
+    for op in OPS:
         launcher = getattr(importlib.import_module("sparseft.kernels"), op)
         for dtype in testing.DTYPES:
             samples = testing.sample_inputs(op, "cpu", dtype)

@@ -73,7 +73,7 @@ struct Layer {
 };
 
 // Add a sample to a tile, and return the sum of its squares at selected entries.
-double add_scored_sample(const Layer& layer, const Tile& tile, const Packed& packed, float weight) {
+double add_scored_sample(const Layer& layer, const Tile& tile, Packed& packed, float weight) {
     double sum = 0;
     for_each_block(tile, packed, [&](const Block& block) {
         const int64_t entry = block.row * layer.columns + block.column;
@@ -86,12 +86,24 @@ double add_scored_sample(const Layer& layer, const Tile& tile, const Packed& pac
     return sum;
 }
 
+// Let a sample be brought nearer while the one that is packed is multiplied. Return whether it is.
+bool look_ahead(const Layer& layer, const Tile& tile, int64_t sample, Packed& packed) {
+    packed.ahead.begin(packed.dy.count() * packed.x.count());
+    if (sample == layer.x.samples || !layer.spans[sample].tokens()) return false;
+    const Span& span = layer.spans[sample];
+    packed.ahead.add(layer.dy.of_sample(sample, span.first, span.tokens(), tile.row_begin, tile.row_end));
+    packed.ahead.add(layer.x.of_sample(sample, span.first, span.tokens(), tile.column_begin, tile.column_end));
+    return true;
+}
+
 void add_samples(const Layer& layer, const Tile& tile, double* sums, Packed& packed) {
+    bool near = false;
     for (int64_t sample = 0; sample < layer.x.samples; ++sample) {
         const Span& span = layer.spans[sample];
         if (!span.tokens()) continue;
-        packed.dy.pack(layer.dy.of_sample(sample, span.first, span.tokens(), tile.row_begin, tile.row_end));
-        packed.x.pack(layer.x.of_sample(sample, span.first, span.tokens(), tile.column_begin, tile.column_end));
+        packed.dy.pack(layer.dy.of_sample(sample, span.first, span.tokens(), tile.row_begin, tile.row_end), near);
+        packed.x.pack(layer.x.of_sample(sample, span.first, span.tokens(), tile.column_begin, tile.column_end), near);
+        near = look_ahead(layer, tile, sample + 1, packed);
         const float weight = layer.weight_of(sample);
         if (sums) {
             sums[sample] = add_scored_sample(layer, tile, packed, weight);

@@ -10,6 +10,7 @@
 #include <numeric>
 #include <vector>
 
+#include "ahead.h"
 #include "outer_product.h"
 #include "panels.h"
 
@@ -60,6 +61,7 @@ inline std::vector<Tile> tiles(int64_t rows, int64_t columns, int64_t tokens, in
 struct Packed {
     Panels<kBlockRows> dy;
     Panels<kBlockColumns> x;
+    Ahead ahead;  // the next sample's
 
     int64_t tokens() const { return dy.rows(); }
 };
@@ -74,22 +76,31 @@ struct Block {
 
 // Call `visit(block)` for each block of a tile.
 template <class Visit>
-void for_each_block(const Tile& tile, const Packed& packed, const Visit& visit) {
+void for_each_block(const Tile& tile, Packed& packed, const Visit& visit) {
     for (int64_t j = 0; j < packed.x.count(); ++j) {
         const int64_t column = tile.column_begin + j * kBlockColumns;
         for (int64_t i = 0; i < packed.dy.count(); ++i) {
             const int64_t row = tile.row_begin + i * kBlockRows;
+            packed.ahead.step();
             visit(Block{packed.dy[i], packed.x[j], row, column, std::min(kBlockRows, tile.row_end - row),
                         std::min(kBlockColumns, tile.column_end - column)});
         }
     }
 }
 
+inline void prefetch_block(const float* first, int64_t stride) {
+    for (int64_t i = 0; i < kBlockRows; ++i) {
+        __builtin_prefetch(first + i * stride, 1);
+        __builtin_prefetch(first + i * stride + kBlockColumns / 2, 1);
+    }
+}
+
 // Add what `add` makes of the product of packed dy and x to a tile of `out`, whose rows lie `stride` apart.
-inline void add_tile(const Tile& tile, const Packed& packed, OuterProduct::Add* add, float weight, float* out,
+inline void add_tile(const Tile& tile, Packed& packed, OuterProduct::Add* add, float weight, float* out,
                      int64_t stride) {
     for_each_block(tile, packed, [&](const Block& block) {
         float* const first = out + block.row * stride + block.column;
+        if (block.row + 2 * kBlockRows <= tile.row_end) prefetch_block(first + kBlockRows * stride, stride);
         if (block.whole()) return add(block.dy, block.x, packed.tokens(), weight, first, stride);
         float edge[kBlockRows][kBlockColumns] = {};
         for (int64_t i = 0; i < block.rows; ++i) std::copy_n(first + i * stride, block.columns, edge[i]);

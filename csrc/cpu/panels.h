@@ -13,12 +13,14 @@
 
 #include "convert.h"
 #include "simd.h"
+#include "transpose_floats.h"
 
 namespace sparseft {
 
 using torch::headeronly::ScalarType;
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+inline int64_t round_up(int64_t n, int64_t step) { return ceil_div(n, step) * step; }
 
 // A matrix that owns nothing: fp32, bf16 or fp16, with any strides.
 struct Matrix {
@@ -57,12 +59,13 @@ inline const float* read(ScalarType dtype, const void* values, int64_t stride, i
 template <int64_t kWidth>
 class Panels {
   public:
-    void pack(const Matrix& source) {
+    // near: the source is in a cache already, see ahead.h.
+    void pack(const Matrix& source, bool near = false) {
         rows_ = source.rows;
         count_ = ceil_div(source.columns, kWidth);
         lines_.resize(std::max<size_t>(lines_.size(), ceil_div(count_ * rows_ * kWidth, kLine)));
         if (source.columns % kWidth != 0) std::fill_n((*this)[count_ - 1], rows_ * kWidth, 0.0f);
-        source.column_stride == 1 ? pack_rows(source) : pack_columns(source);
+        source.column_stride == 1 ? pack_rows(source, near) : pack_columns(source);
     }
 
     int64_t rows() const { return rows_; }
@@ -80,7 +83,7 @@ class Panels {
         float values[kLine];
     };
 
-    void pack_rows(const Matrix& source) {
+    void pack_rows(const Matrix& source, bool near) {
         const int64_t columns = source.columns, whole = columns / kWidth * kWidth;
         space_.resize(std::max<size_t>(space_.size(), kRowsAtOnce * columns));
         std::array<const float*, kRowsAtOnce> rows;
@@ -90,7 +93,7 @@ class Panels {
                 rows[i] = read(source.dtype, source.at(first + i, 0), 1, columns, space_.data() + i * columns);
             }
             // a tile's part of a row is short: the processor would foresee little of the next one
-            for (int64_t i = first + n; i < std::min(first + n + kRowsAtOnce, rows_); ++i) {
+            for (int64_t i = first + n; !near && i < std::min(first + n + kRowsAtOnce, rows_); ++i) {
                 for (int64_t j = 0; j < columns; j += kLineBytes / source.element_size)
                     __builtin_prefetch(source.at(i, j));
             }
@@ -104,6 +107,13 @@ class Panels {
 
     // Where rows are close together and columns far apart, values are read along columns.
     void pack_columns(const Matrix& source) {
+        if (source.row_stride == 1 && source.dtype == ScalarType::Float) {
+            for (int64_t j = 0; j < source.columns; j += kWidth) {
+                transpose(reinterpret_cast<const float*>(source.at(0, j)), source.column_stride,
+                          std::min(kWidth, source.columns - j), rows_, (*this)[j / kWidth], kWidth);
+            }
+            return;
+        }
         std::array<float, kColumnPart> space;
         for (int64_t j = 0; j < source.columns; ++j) {
             float* const out = (*this)[j / kWidth] + j % kWidth;

@@ -11,13 +11,12 @@
 
 #include "panels.h"
 #include "simd.h"
+#include "transpose_floats.h"
 
 namespace sparseft {
 
 inline constexpr int64_t kLanes = 16;  // fp32 numbers in a line of the cache, and in the widest vector register
 inline constexpr int64_t kLineBytes = kLanes * sizeof(float);
-
-inline int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
 // Memory, not set to anything, that begins with a line of the cache: vectors that straddle two lines load slowly.
 class AlignedFloats {
@@ -51,13 +50,6 @@ SPARSEFT_SIMD void read_square(const T* from, int64_t token_stride, int64_t feat
     std::fill(square + tokens * kLanes, square + kLanes * kLanes, 0.0f);
 }
 
-SPARSEFT_SIMD inline void transpose_square(const float* __restrict from, int64_t stride, float* __restrict out,
-                                           int64_t out_stride) {
-    for (int64_t f = 0; f < kLanes; ++f) {
-        for (int64_t t = 0; t < kLanes; ++t) out[f * out_stride + t] = from[t * stride + f];
-    }
-}
-
 // Write a matrix [tokens, features] as fp32: out [features, tokens], where both are filled up with zeros to whole
 // squares.
 inline void transpose(const Matrix& source, float* out) {
@@ -82,12 +74,12 @@ inline void transpose(const Matrix& source, float* out) {
             } else if (source.dtype == ScalarType::Half) {
                 read(static_cast<const torch::headeronly::Half*>(from));
             } else if (tokens == kLanes && features == kLanes && source.column_stride == 1) {
-                transpose_square(static_cast<const float*>(from), source.row_stride, to, length);
+                transpose(static_cast<const float*>(from), source.row_stride, kLanes, kLanes, to, length);
                 continue;
             } else {
                 read(static_cast<const float*>(from));
             }
-            transpose_square(square.data(), kLanes, to, length);
+            transpose(square.data(), kLanes, kLanes, kLanes, to, length);
         }
     }
 }

@@ -20,8 +20,10 @@ from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+from sparseft.attention import scaled_dot_product_attention
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
 from sparseft.fisher.fan_out import FanOut, SharedTensor, copies_of
 from sparseft.fisher.layout import Layout, by_sample
@@ -31,6 +33,7 @@ from sparseft.fisher.nest import replaced, tensors
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
 
+_FASTER: dict[Callable[..., Any], Any] = {F.scaled_dot_product_attention: scaled_dot_product_attention}
 _SMALL = 1 << 20  # entries of a parameter whose per-sample gradients may be formed
 
 
@@ -136,7 +139,7 @@ class Shared:
     def _apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
         if not known and not origin.names:
-            return func(*args, **kwargs)
+            return _FASTER.get(func, func)(*args, **kwargs)
         alone = origin.source is not Source.BATCH and not origin.fed
         result = None
         if alone:
