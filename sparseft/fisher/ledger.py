@@ -23,9 +23,11 @@ Add = Callable[[Mapping[str, Tensor], Batch, list[int]], list[int]]
 
 
 class Sums(dict[str, Tensor]):
-    """Name -> fp32 sums of a parameter's shape, zero at first, made when they are first asked for.
+    """Name -> fp32 sums of a parameter's shape, zero at first, all made when the first is asked for.
 
-    In the first backward pass they come as activations go, as gradients do in an ordinary one.
+    That is when the first backward pass begins. A heap holds the activations then, and the sums lie beyond them: they
+    leave no gaps where the activations of the next batch go, and behind them a C library finds nothing to give back to
+    the system after every batch, from which the next would have to take it again, page by page.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
@@ -33,15 +35,14 @@ class Sums(dict[str, Tensor]):
         self._parameters = parameters
 
     def __missing__(self, name: str) -> Tensor:
-        parameter = self._parameters[name]
-        self[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
+        self.complete()
         return self[name]
 
     def complete(self) -> None:
-        """Make what was never asked for, and put all in the order of the parameters."""
-        made = {name: self[name] for name in self._parameters}
-        self.clear()
-        self.update(made)
+        """Make the sums, if they are not there yet."""
+        if not self:
+            for name, parameter in self._parameters.items():
+                self[name] = torch.zeros(parameter.shape, dtype=torch.float32, device=parameter.device)
 
     def like(self) -> Sums:
         """Return sums of the same parameters, zero."""

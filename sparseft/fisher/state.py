@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from sparseft.fisher.experts import visible_experts
-from sparseft.fisher.heap import kept_heap
 
 
 @contextmanager
@@ -36,8 +35,6 @@ def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
             stack.enter_context(visible_experts(model))
-            if all(parameter.device.type == "cpu" for parameter, _ in required):
-                stack.enter_context(kept_heap())
             if any(_compiled(module) for module, _ in training):
                 stack.enter_context(torch.compiler.set_stance("force_eager"))
             yield
