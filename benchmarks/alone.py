@@ -1,9 +1,10 @@
 """Seconds of workloads of memory.py, each in a process of its own, and how many pages of memory it took anew.
 
-    python benchmarks/alone.py cpu2 estimate_fisher,published_loop cpu MiniLM 4 16 128  # adds to results/alone-cpu2.csv
+    python benchmarks/alone.py cpu2 estimate_fisher,published_loop cpu MiniLM 4 16 128  # adds to alone-cpu2.csv
 
 In one process, what one workload took from the system and did not give back serves the others, too. Here each has
-what its user has. Processes take turns; the median of five runs, after one that is not timed, is of the median process.
+what its user has. Processes take turns. A figure is the median of five runs, after one that is not timed, of the
+median process.
 """
 
 from __future__ import annotations
