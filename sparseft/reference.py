@@ -162,7 +162,8 @@ def attention(
 
     query: fp32 [N, H, T, D]; key: [N, G, S, D] and value: [N, G, S, E], where head h of H uses head h // (H / G);
     bias: fp32 [N, H, T, S], any strides, or None; causal: query t sees keys 0 to t. Returns [N, H, T, E], whose memory
-    is [N, T, H, E], and [N, H, T]. A query that sees no key, all of whose scores are -inf, gets zeros in both.
+    is [N, T, H, E], and [N, H, T]. A query that sees no key, all of whose scores are -inf, gets zeros in both. No
+    tensor may be empty.
     """
     scores = _scores(query, key, bias, scale, causal)
     log_sums = scores.logsumexp(-1)

@@ -213,6 +213,7 @@ def call(**changes):
     ("name", "tensor", "message"),
     [
         ("query", torch.zeros(4, 5, 8), "query must be .samples, heads, tokens, features., got 3 dimensions"),
+        ("query", torch.zeros(2, 4, 0, 8), "query must hold something"),
         ("query", torch.zeros(2, 3, 5, 8), "query must have a multiple of key's 2 heads, got 3"),
         (
             "key",

@@ -187,6 +187,7 @@ void check_inputs(const char* op, const Tensor& query, const Tensor& key, const 
     for (const auto& [name, tensor] : {std::pair{"query", query}, {"key", key}, {"value", value}}) {
         check(tensor.dim() == 4, Argument{op, name}, " must be [samples, heads, tokens, features], got ", tensor.dim(),
               " dimensions; insert the missing ones with unsqueeze");
+        check(tensor.numel() > 0, Argument{op, name}, " must hold something, got no element; leave the call out");
     }
     const int64_t n = query.size(0), heads = key.size(1), keys = key.size(2);
     check_heads({op, "query"}, query, query, {n, query.size(1), query.size(2), query.size(3)}, "of any sizes");
