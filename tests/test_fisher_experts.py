@@ -122,7 +122,9 @@ def test_every_parameter_is_exact(name, implementation, device):
     for left in (False, True):
         batch = ragged(left=left)
         scores = estimate_fisher(model, slices(batch, 3), progress=False)
-        assert not scores.report.fallback, scores.report
+        # the weight of a single chosen expert is 1: where rounding leaves its router no gradient, nothing is proven
+        routers = {key for key in scores if name == "mixtral, top 1" and key.endswith("gate.weight")}
+        assert scores.report.fallback.keys() <= routers, scores.report
         for parameter in expert_parameters(model):
             assert scores.report.rules[parameter] == ("bias" if parameter.endswith("_bias") else "experts")
         assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
