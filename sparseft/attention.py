@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from sparseft import ops
 from sparseft.products import prefer_onednn
 
 
@@ -56,15 +57,17 @@ def scaled_dot_product_attention(
         bias = None if attn_mask is None else _bias(attn_mask).expand(*query.shape[:3], key.shape[2])
         result: Tensor = _Attention.apply(query, key, value, bias, scale, is_causal)  # type: ignore[no-untyped-call]
         return result
-    options: dict[str, Any] = {"dropout_p": dropout_p, "is_causal": is_causal, "scale": scale}
-    if enable_gqa:
-        options["enable_gqa"] = True
-    return F.scaled_dot_product_attention(query, key, value, attn_mask, **options)
+    return F.scaled_dot_product_attention(
+        query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
+    )
 
 
 def _served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, grouped: bool) -> bool:
     """Return whether the op of this package takes these arguments, and is faster."""
     tensors = (query, key, value)
+    # in plain PyTorch, which serves where nothing is compiled, all scores would be stored
+    if ops.SERVED_BY["attention"]["cpu"] != "c++":
+        return False
     if not prefer_onednn() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if not all(t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 4 and t.numel() for t in tensors):

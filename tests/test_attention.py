@@ -177,6 +177,12 @@ def test_under_autocast_and_where_torch_is_fast_it_is_left_to_torch(generator, s
     assert served == []
 
 
+def test_without_the_extension_it_is_left_to_torch(generator, served, monkeypatch):
+    monkeypatch.setitem(ops.SERVED_BY, "attention", {"cpu": "reference", "cuda": "reference"})
+    attention.scaled_dot_product_attention(*heads(generator, 2, 8, 2))
+    assert served == []
+
+
 def test_the_fisher_pass_uses_it_and_stays_exact(generator, served):
     class Layer(torch.nn.Module):
         def __init__(self):

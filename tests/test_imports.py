@@ -24,7 +24,7 @@ MAY_CALL = {
     "files": {"index_lists"},
     "pictures": set(),
     "products": set(),
-    "attention": {"products"},
+    "attention": {"ops", "products"},
     "entries": {"index_lists"},
     "mask": {"entries", "files", "index_lists"},
     "compact": {"entries", "index_lists", "mask", "ops", "products"},
