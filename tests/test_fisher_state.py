@@ -97,8 +97,10 @@ class Interrupted(nn.Module):
         return y
 
 
-# the probe runs twice in each direction, with one and two samples, but does not go back from the first
-@pytest.mark.parametrize(("run", "backward"), [(1, False), (2, False), (3, False), (2, True), (3, True), (0, False)])
+# the probe runs with one sample and with two, from which it goes back, and with each of these and its copy
+@pytest.mark.parametrize(
+    ("run", "backward"), [(1, False), (2, False), (3, False), (5, False), (2, True), (5, True), (0, False)]
+)
 def test_an_interruption_leaves_the_model_as_it_was_found(run, backward):
     def data():
         yield X, Y
@@ -186,8 +188,8 @@ def test_healthy_data_are_run_once_and_never_copied(monkeypatch):
     model.register_forward_hook(lambda module, args, out: calls.append(len(out)))
     x, y = bad_at({}, 60)
     estimate_fisher(model, [(x[:30], y[:30]), (x[30:], y[30:])], progress=False)
-    # two batches, and what the probe runs: one sample, two samples
-    assert calls == [1, 2, 30, 30]
+    # two batches, and what the probe runs: one sample, two samples, each of them with its copy
+    assert calls == [1, 2, 2, 2, 30, 30]
 
 
 def test_nothing_but_bad_samples_is_an_error():
@@ -261,6 +263,69 @@ def test_losses_across_the_batch_are_refused(loss):
     assert estimate_fisher(Coupled(""), data, loss=balanced(0.0), progress=False).report.samples == 5
     with pytest.raises(ValueError, match=r"that sample alone, .* router"):
         estimate_fisher(Coupled(""), data, loss=loss, progress=False)
+
+
+class Detached(nn.Module):
+    """Samples depend on others, through tensors that no gradient goes back through."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.lin, self.head, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), kind
+
+    def forward(self, x):
+        h = self.lin(x)
+        others = {"mean": h.mean(0), "first": h[0], "last": h[-1], "neighbour": h.roll(1, 0), "none": 0 * h}[self.kind]
+        return self.head(torch.tanh(h - 0.1 * others.detach()))
+
+
+def detached_negatives(model, batch):
+    z = F.normalize(model.lin(batch[0]), dim=-1)
+    return F.cross_entropy(z @ z.T.detach() / 0.1, torch.arange(len(z)), reduction="none")
+
+
+def weighted_by_class(model, batch):
+    share = F.one_hot(batch[1], 3).float().mean(0)[batch[1]]
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="none") / share
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize(
+    ("kind", "loss"),
+    [*((kind, None) for kind in ("mean", "first", "last", "neighbour")), ("none", detached_negatives)],
+)
+def test_a_dependence_that_carries_no_gradient_is_refused(kind, loss, seed):
+    torch.manual_seed(seed)
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(Detached(kind), [(torch.randn(5, 4), torch.randint(0, 3, (5,)))], loss=loss, progress=False)
+
+
+def test_a_dependence_on_the_labels_of_others_is_refused():
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(Detached("none"), [(X, torch.tensor([0, 0, 0, 1, 1]))], loss=weighted_by_class, progress=False)
+
+
+@pytest.mark.parametrize("model", [Detached("mean"), Coupled("batch mean")])
+@pytest.mark.parametrize("first", ["a single sample", "equal samples"])
+def test_a_dependence_that_the_first_batch_cannot_show_is_refused_at_the_next(model, first):
+    one = (X[:1], Y[:1]) if first == "a single sample" else (X[:1].expand(4, 4), Y[:1].expand(4))
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(model, [one, (X, Y)], progress=False)
+
+
+@pytest.mark.parametrize("kind", ["mean", "batch mean"])
+def test_batches_of_one_are_what_a_loop_over_single_samples_is(kind):
+    model = Detached(kind) if kind == "mean" else Coupled(kind)
+    data = [(X[n : n + 1], Y[n : n + 1]) for n in range(len(X))]
+    scores = estimate_fisher(model, data, progress=False)
+    for name, value in batch_one_fisher(model, data).items():
+        torch.testing.assert_close(scores[name], value)
+
+
+def test_a_sample_that_is_not_finite_is_no_proof_of_dependence():
+    x = X.clone()
+    x[0, 0] = float("nan")
+    one = (X[:1], Y[:1])
+    assert estimate_fisher(Detached("none"), [one, (x, Y)], max_dropped=0.2, progress=False).report.dropped == [1]
 
 
 def test_a_model_that_runs_single_samples_only_says_what_is_missing():

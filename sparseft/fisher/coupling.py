@@ -1,4 +1,8 @@
-"""Losses that depend on other samples, however little: in-batch negatives, the balancing loss of a router."""
+"""Losses that depend on other samples, however little: in-batch negatives, the balancing loss of a router.
+
+A gradient that reaches other samples gives many of them away, but not all: negatives may be detached. So a sample is
+compared with itself, beside another sample and beside its own copy, which must make no difference.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +11,38 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from sparseft.fisher.batches import Batch, take
+from sparseft.fisher.batches import Batch, size, take, tensors
 from sparseft.fisher.loss import Objective
 
 # what rounding may do to a loss, in units of rounding, and to a gradient, relative to the largest: the runs compared
 # have the same shapes, but a mask that is all ones may take another kernel
 _LOSS, _GRADIENT = 64, 1e-3
+_LABELS = ("labels", "1")  # of a mapping, of a pair
+
+
+def company(batch: Batch) -> list[int]:
+    """Return the first sample and the one that differs from it in most tensors; it alone, if inputs are all the same.
+
+    The more differs, the more ways to depend on another sample there are to be seen.
+    """
+    count = size(batch)
+    rows = {path: t.reshape(count, -1) for path, t in tensors(batch).items() if t.dim() and len(t) == count}
+    differs = {path: t.ne(t[:1]).any(1).cpu() for path, t in rows.items()}
+    inputs = [differs[path] for path in differs if path not in _LABELS] or list(differs.values())
+    found = torch.stack(inputs).any(0) * torch.stack(list(differs.values())).sum(0)
+    other = int(found.argmax())
+    return [0, other] if found[other] else [0]
+
+
+def check_same(before: Tensor, after: Tensor, eps: float) -> None:
+    """Raise if the outputs of a sample differ between two runs of the same shapes, beside others.
+
+    eps: the coarsest precision that the model computes in.
+    """
+    eps = _precision(before, eps)
+    tolerance = min(_LOSS * eps, max(0.01, eps**0.5))
+    if not torch.allclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True):
+        raise coupled(f"its value changed from {before.tolist()} to {after.tolist()}")
 
 
 def check_uncoupled(
@@ -44,13 +74,9 @@ def check_uncoupled(
     (before, grads), (after, others) = (
         _last(model, objective, batch, positions, chosen, {**parameters, **small}) for chosen in (beside, itself)
     )
-    if before.is_cuda and torch.get_float32_matmul_precision() != "highest":
-        eps = max(eps, torch.finfo(torch.float16).eps)
     eps = max(eps, *(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
-    tolerance = min(_LOSS * eps, max(0.01, eps**0.5))
-    if not torch.allclose(before, after, rtol=tolerance, atol=tolerance):
-        raise coupled(f"its value changed from {before.tolist()} to {after.tolist()}")
-    if eps > torch.finfo(torch.float32).eps:
+    check_same(before, after, eps)
+    if _precision(before, eps) > torch.finfo(torch.float32).eps:
         return
     # some gradients (of a key's bias, of a router that chooses one expert) are zero but for rounding
     floor = 1e-3 * max(float(grad.abs().max()) for grad in grads.values())
@@ -59,6 +85,11 @@ def check_uncoupled(
         largest = max(float(grad.abs().max()), floor)
         if float((grad - others[name]).abs().max()) > _GRADIENT * largest:
             raise coupled(f"its gradient in {name} changed")
+
+
+def _precision(outputs: Tensor, eps: float) -> float:
+    coarse = outputs.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return max(eps, torch.finfo(torch.float16).eps) if coarse else eps
 
 
 def _last(

@@ -16,7 +16,7 @@ from sparseft.fisher.capture import Capture, Use
 from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.fallback import one_by_one
 from sparseft.fisher.loss import Objective
-from sparseft.fisher.probe import Plan, probe
+from sparseft.fisher.probe import Plan, compare, probe
 from sparseft.fisher.report import FisherReport
 from sparseft.fisher.tally import mixed
 
@@ -73,6 +73,7 @@ class OnePass:
             self._plan = probe(self._model, self._objective, batch, positions, self._parameters)
             if self._plan is None:
                 return positions
+        compare(self._model, self._objective, batch, positions, self._parameters, self._plan)
         capture = Capture(self._parameters, self._plan.for_samples(len(positions)), len(positions))
         with capture:
             capture.shared.feed(batch)

@@ -3,7 +3,7 @@
 Two batch sizes show where the batch dimension is: the leading size of a use must grow with it. Then the loss of one
 sample alone is backpropagated: its gradient must reach the rows of that sample only, in every captured use and in
 every copy of what all samples share. Samples in another order, tokens gathered across samples: what fails one of the
-two goes to the fallback.
+two goes to the fallback. Last, each sample's loss must be the same beside a copy of itself, see `coupling`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from sparseft.fisher.batches import Batch, take
 from sparseft.fisher.capture import Capture, Use
 from sparseft.fisher.contribution import Contribution, Outer, Vector
-from sparseft.fisher.coupling import check_uncoupled, coupled
+from sparseft.fisher.coupling import check_same, check_uncoupled, company, coupled
 from sparseft.fisher.excerpt import excerpt
 from sparseft.fisher.fan_out import FanOut
 from sparseft.fisher.layout import Layout, fits
@@ -38,11 +38,14 @@ class Plan:
     """Which uses are captured, (name, occurrence) -> layout, and which parameters are not, name -> reason.
 
     fan_outs: where tensors shared by all samples meet the batch, (names of their parameters, occurrence) -> how.
+    eps: of the coarsest precision met; compared: two samples that differ were seen not to depend on each other.
     """
 
     layouts: dict[tuple[str, int], Layout] = field(default_factory=dict)
     fan_outs: dict[tuple[frozenset[str], int], FanOut] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
+    eps: float = 0.0
+    compared: bool = False
 
     def for_samples(self, samples: int) -> _Proven:
         """Return the policy for a batch of N samples."""
@@ -134,19 +137,37 @@ def probe(
     """Return the plan, or None if no sample of the batch has a finite loss."""
     short = excerpt(batch)
     if short is not None:
-        first = list(range(min(len(positions), _LARGE)))
         # what an excerpt does not settle, the whole batch does, errors included
         with contextlib.suppress(_Untelling, *_MISFIT):
-            plan = _Probing(model, objective, short, positions, parameters).plan(first, strict=True)
+            plan = _Probing(model, objective, short, positions, parameters).plan(company(short), strict=True)
             if not plan.fallback:
                 return plan
     probing = _Probing(model, objective, batch, positions, parameters)
     try:
-        return probing.plan(list(range(min(len(positions), _LARGE))), strict=True)
+        return probing.plan(company(batch), strict=True)
     except _Untelling:
         # only now is a look at the whole batch worth its time
         chosen = probing.telling()
-        return probing.plan(chosen, strict=False) if chosen else None
+        pair = [chosen[index] for index in company(take(batch, chosen))] if chosen else []
+        return probing.plan(pair, strict=False) if pair else None
+
+
+def compare(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    positions: list[int],
+    parameters: Mapping[str, Tensor],
+    plan: Plan,
+) -> None:
+    """Look for two samples of a batch that show whether they depend on each other, if the plan's did not show it.
+
+    Raises:
+        ValueError: they do.
+    """
+    chosen = company(batch)
+    if not plan.compared and len(chosen) == _LARGE:
+        _Probing(model, objective, batch, positions, parameters).compare(chosen, plan)
 
 
 @dataclass
@@ -187,10 +208,29 @@ class _Probing:
         tolerance = max(0.01, isolation.eps**0.5)
         if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
             raise coupled(f"its value changed from {alone.tolist()} to {together.tolist()}")
+        plan.eps = isolation.eps
+        if len(chosen) > 1:
+            self.compare(large, plan, outputs.detach())
+        return plan
+
+    def compare(self, chosen: list[int], plan: Plan, outputs: Tensor | None = None) -> None:
+        """Raise if one of two samples depends on the other.
+
+        outputs: of the two, as the plan has them captured, if they are known.
+        """
         if plan.fallback:
             rest = {name: self.parameters[name] for name in plan.fallback}
-            check_uncoupled(self.model, self.objective, self.batch, self.positions, large, rest, isolation.eps)
-        return plan
+            check_uncoupled(self.model, self.objective, self.batch, self.positions, chosen, rest, plan.eps)
+        else:
+            # all by the same kernels, so that they round alike
+            beside = self._outputs(chosen, plan) if outputs is None else outputs
+            for index, sample in enumerate(chosen):
+                check_same(beside[index], self._outputs([sample] * _LARGE, plan)[index], plan.eps)
+        plan.compared = True
+
+    def _outputs(self, chosen: list[int], plan: Plan) -> Tensor:
+        capture = Capture(self.parameters, plan.for_samples(len(chosen)), len(chosen))
+        return self._run(chosen, capture, strict=False).detach()
 
     def _run(self, samples: list[int], capture: Capture, strict: bool) -> Tensor:
         batch = take(self.batch, samples)
