@@ -20,7 +20,7 @@ import record
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = (ROOT / "README.md", ROOT / "benchmarks" / "README.md", ROOT / "docs" / "comparison.md")
-OTHERS = ("alone-", "compare-", "demo-", "glue-", "ird-", "operations-", "sweep-")
+OTHERS = ("compare-", "demo-", "glue-", "ird-", "operations-", "processes-", "sweep-")
 # what a newcomer asks first: op, pattern of its case, unit, baselines (all if none is named)
 HEADLINES = (
     ("estimate_fisher", "MiniLM, 4 x 16 x 128 tokens", "s", ("forward + backward", "loop of batch 1, published")),
