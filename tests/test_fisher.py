@@ -155,7 +155,7 @@ def test_verify_compares_and_names_what_differs(monkeypatch):
     from sparseft.fisher import contribution
 
     # the classic mistake: squares of tokens in place of squares of samples
-    def by_token(fisher, lookups, rows=None):
+    def by_token(fisher, lookups, *rest):
         for lookup in lookups:
             fisher.index_add_(0, lookup.ids.flatten(), lookup.dy.flatten(0, 1) ** 2)
 

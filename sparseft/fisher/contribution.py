@@ -112,12 +112,15 @@ def outer_rows(outers: list[Outer], ids: Tensor) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
 
 
-def add_lookups_(fisher: Tensor, lookups: list[Lookup], rows: Tensor | None = None) -> None:
+def add_lookups_(
+    fisher: Tensor, lookups: list[Lookup], rows: Tensor | None = None, scores: Tensor | None = None
+) -> None:
     """Add the squared per-sample gradients of embedding uses to fisher [V, H].
 
     rows: for a parameter that is also used linearly, the linear gradient a at the looked-up rows, [N, L, H]. With b
     the lookups' gradient, (a + b)^2 = a^2 + (2a + b) b: a^2 is there already, and b is zero outside these rows.
     Repeated ids of a sample are summed, then squared. Sizes depend on shapes only, so that nothing waits for a GPU.
+    scores: fp32 [N], to which what is added of each sample is added too, summed over all entries.
     """
     ids = torch.cat([lookup.ids for lookup in lookups], 1)
     grads = torch.cat([lookup.dy for lookup in lookups], 1).flatten(0, 1).float()
@@ -127,15 +130,20 @@ def add_lookups_(fisher: Tensor, lookups: list[Lookup], rows: Tensor | None = No
     run, start = _runs(keys)
     grads = _sum_runs(grads[order], run)
     terms = grads.square() if rows is None else (2 * rows.flatten(0, 1)[order[start]] + grads) * grads
+    if scores is not None:
+        scores += _sum_runs(terms.sum(1, keepdim=True), keys[start] % samples)[:samples, 0]
     # the same row in several samples: summed before it is added, which is deterministic on every device
     token = keys[start] // samples
     run, start = _runs(token)
     fisher.index_add_(0, token[start], _sum_runs(terms, run))
 
 
-def add_vectors_(fisher: Tensor, grad: Tensor) -> None:
-    """Add squared per-sample gradients [N, numel] to fisher."""
-    fisher += grad.square().sum(0).view(fisher.shape)
+def add_vectors_(fisher: Tensor, grad: Tensor, scores: Tensor | None = None) -> None:
+    """Add squared per-sample gradients [N, numel] to fisher, and their sums by sample to scores, fp32 [N]."""
+    squares = grad.square()
+    fisher += squares.sum(0).view(fisher.shape)
+    if scores is not None:
+        scores += squares.sum(1)
 
 
 def _without_doubles(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

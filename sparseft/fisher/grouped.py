@@ -60,10 +60,20 @@ class Grouped:
         return padded_left, padded_right
 
 
-def add_grouped_(fisher: Tensor, uses: list[Grouped]) -> None:
-    """Add the squared per-sample gradients of all uses of stacked matrices to fisher [G, A, B]."""
+def add_grouped_(fisher: Tensor, uses: list[Grouped], scores: Tensor | None = None) -> None:
+    """Add the squared per-sample gradients of all uses of stacked matrices to fisher [G, A, B].
+
+    scores: fp32 [N], to which they are added too, summed over all entries of each sample. That goes matrix by matrix:
+    a launch for all of them has no scores.
+    """
     samples, groups = uses[0].samples, len(fisher)
     left, right, segment = _joined(uses)
+    if scores is not None:
+        whole = Grouped(samples, left, right, segment)
+        for group in range(groups):
+            dy, x = whole._padded(group)
+            torch.ops.sparseft.fisher_linear_(fisher[group], x, dy, None, scores)
+        return
     bounds = torch.arange(groups * samples + 1, device=segment.device)
     offsets = torch.searchsorted(segment, bounds)
     torch.ops.sparseft.fisher_segments_(fisher, right, left, offsets, bounds[:-1] // samples)

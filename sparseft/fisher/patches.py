@@ -107,15 +107,20 @@ class Patches:
         return torch.nan_to_num(tensor.reshape(self.samples, -1), 0.0).ne(0).any(1)
 
 
-def add_patches_(fisher: Tensor, uses: list[Patches]) -> None:
-    """Add the squared per-sample gradients of a parameter's convolutional uses to fisher [A, B, *kernel]."""
+def add_patches_(fisher: Tensor, uses: list[Patches], scores: Tensor | None = None) -> None:
+    """Add the squared per-sample gradients of a parameter's convolutional uses to fisher [A, B, *kernel].
+
+    scores: fp32 [N], to which they are added too, summed over all entries of each sample.
+    """
     if fisher.is_cuda:
-        add_unfolded_(fisher, uses)
+        add_unfolded_(fisher, uses, scores)
     else:
-        add_by_sample_(fisher, uses)
+        add_by_sample_(fisher, uses, scores)
 
 
-def add_by_sample_(fisher: Tensor, uses: list[Patches], elements: int = _SLICE) -> None:
+def add_by_sample_(
+    fisher: Tensor, uses: list[Patches], scores: Tensor | None = None, *, elements: int = _SLICE
+) -> None:
     """Do so with one ordinary weight gradient a sample, for about so many elements of the weight at a time.
 
     On a CPU this is the fastest way by far: unfolding costs more than the convolution, and a call costs little.
@@ -130,9 +135,13 @@ def add_by_sample_(fisher: Tensor, uses: list[Patches], elements: int = _SLICE) 
             grads = [use.gradient(sample) for use in own]
             grad = sum(grads[1:], grads[0])
             part.addcmul_(grad, grad)
+            if scores is not None:
+                scores[sample] += grad.square_().sum()
 
 
-def add_unfolded_(fisher: Tensor, uses: list[Patches], elements: int = _UNFOLDED) -> None:
+def add_unfolded_(
+    fisher: Tensor, uses: list[Patches], scores: Tensor | None = None, *, elements: int = _UNFOLDED
+) -> None:
     """Do so with the patches of a few samples at a time, about so many elements: on a GPU it is launches that cost.
 
     Where a group has no more rows than positions, the gradients themselves are no larger than the patches, and one
@@ -146,12 +155,16 @@ def add_unfolded_(fisher: Tensor, uses: list[Patches], elements: int = _UNFOLDED
     for first in range(0, samples, chunk):
         last = min(first + chunk, samples)
         parts = [use.unfolded(first, last) for use in uses]
+        own = None if scores is None else scores[first:last]
         if formed:
             grads = [_gradients(*part, use.window.groups) for part, use in zip(parts, uses, strict=True)]
-            fisher += sum(grads[1:], grads[0]).square_().sum(0).view(fisher.shape)
+            squares = sum(grads[1:], grads[0]).square_()
+            fisher += squares.sum(0).view(fisher.shape)
+            if own is not None:
+                own += squares.sum((1, 2))
         else:
             left, right = (_joined(part) for part in zip(*parts, strict=True))
-            torch.ops.sparseft.fisher_linear_(fisher.view(rows, columns), right, left)
+            torch.ops.sparseft.fisher_linear_(fisher.view(rows, columns), right, left, None, own)
 
 
 def _gradients(left: Tensor, right: Tensor, groups: int) -> Tensor:

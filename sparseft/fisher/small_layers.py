@@ -20,10 +20,13 @@ class SmallLayers:
         self._waiting: list[tuple[Tensor, Tensor, Tensor]] = []
         self._bytes = 0
 
-    def add(self, fisher: Tensor, x: Tensor, dy: Tensor) -> None:
-        """Do what `fisher_linear_` does, now or before `flush` returns. No parameter may come twice in between."""
-        if fisher.device.type not in _DEVICES or fisher.numel() > _SMALL:
-            torch.ops.sparseft.fisher_linear_(fisher, x, dy)
+    def add(self, fisher: Tensor, x: Tensor, dy: Tensor, scores: Tensor | None = None) -> None:
+        """Do what `fisher_linear_` does, now or before `flush` returns. No parameter may come twice in between.
+
+        scores: as for `fisher_linear_`, which alone can add to them, so that the layer does not wait.
+        """
+        if scores is not None or fisher.device.type not in _DEVICES or fisher.numel() > _SMALL:
+            torch.ops.sparseft.fisher_linear_(fisher, x, dy, None, scores)
             return
         self._waiting.append((fisher, x, dy))
         self._bytes += x.nbytes + dy.nbytes

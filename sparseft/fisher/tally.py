@@ -55,19 +55,45 @@ def _overlap(blocks: Collection[Rows | None]) -> bool:
 
 
 class Squares:
-    """A sink: adds the squares of per-sample gradients to sums, parameter name -> fp32 of its shape."""
+    """A sink: adds the squares of per-sample gradients to sums, parameter name -> fp32 of its shape.
 
-    def __init__(self, sums: Mapping[str, Tensor]) -> None:
-        self._sums = sums
+    norms: if given, it also adds each sample's squares, summed over all parameters, to what is there at its position.
+    """
+
+    def __init__(self, sums: Mapping[str, Tensor], norms: dict[int, float] | None = None) -> None:
+        self._sums, self._norms = sums, norms
 
     def receiver(self, uses: list[Use], ignored: Collection[str], positions: list[int]) -> Tally:
         """Return what adds up the contributions of a batch."""
-        return Tally(self._sums, uses, ignored)
+        return Tally(self._sums, uses, ignored, None if self._norms is None else Scores(self._norms, positions))
 
     def add_single(self, position: int, grads: Mapping[str, Tensor]) -> None:
         """Add the squares of one sample's gradients."""
         for name, grad in grads.items():
             self._sums[name].addcmul_(grad, grad)
+            if self._norms is not None:
+                self._norms[position] += float(grad.square().sum(dtype=torch.float64))
+
+
+class Scores:
+    """Sums of a batch's squares by sample, on the devices of the parameters until a backward pass is over."""
+
+    def __init__(self, norms: dict[int, float], positions: list[int]) -> None:
+        self._norms, self._positions = norms, positions
+        self._sums: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        """Return what to add to: fp32 [N]."""
+        if device not in self._sums:
+            self._sums[device] = torch.zeros(len(self._positions), device=device)
+        return self._sums[device]
+
+    def finish(self) -> None:
+        """Add all of it to the norms."""
+        for sums in self._sums.values():
+            for position, score in zip(self._positions, sums.tolist(), strict=True):
+                self._norms[position] += score
+        self._sums = {}
 
 
 _Key = tuple[str, Rows | None]
@@ -78,11 +104,13 @@ class Tally:
 
     A parameter used once is added at once and nothing is kept, but for small layers on a GPU, which wait for others.
     One used several times waits for its last use; a linear use that shares its parameter with an embedding (a tied
-    head) leaves only the rows that are looked up.
+    head) leaves only the rows that are looked up. With `scores`, each sample's squares are also summed.
     """
 
-    def __init__(self, fisher: Mapping[str, Tensor], uses: list[Use], ignored: Collection[str]) -> None:
-        self._fisher = fisher
+    def __init__(
+        self, fisher: Mapping[str, Tensor], uses: list[Use], ignored: Collection[str], scores: Scores | None = None
+    ) -> None:
+        self._fisher, self._scores = fisher, scores
         self._uses: dict[_Key, list[Use]] = {}
         for use in uses:
             if use.name not in ignored:
@@ -98,7 +126,8 @@ class Tally:
         if key not in self._waiting:
             fisher = self._fisher[use.name]
             own = fisher if use.rows is None else fisher[use.rows.start : use.rows.stop]
-            self._waiting[key] = _Waiting(own, self._uses[key], self._small)
+            scores = None if self._scores is None else self._scores.on(own.device)
+            self._waiting[key] = _Waiting(own, self._uses[key], self._small, scores)
         waiting = self._waiting[key]
         waiting.take(use, part)
         if waiting.complete():
@@ -110,13 +139,15 @@ class Tally:
             waiting.close()
         self._waiting.clear()
         self._small.flush()
+        if self._scores is not None:
+            self._scores.finish()
 
 
 class _Waiting:
     """What has arrived of one parameter in this backward pass."""
 
-    def __init__(self, fisher: Tensor, uses: list[Use], small: SmallLayers) -> None:
-        self._fisher = fisher
+    def __init__(self, fisher: Tensor, uses: list[Use], small: SmallLayers, scores: Tensor | None) -> None:
+        self._fisher, self._scores = fisher, scores
         self._uses = uses
         self._small = small
         self._arrived = 0
@@ -152,20 +183,20 @@ class _Waiting:
         if self._outers:
             self._close_outers()
         if self._patches:
-            add_patches_(self._fisher, self._patches)
+            add_patches_(self._fisher, self._patches, self._scores)
         if self._grouped:
-            add_grouped_(self._fisher, self._grouped)
+            add_grouped_(self._fisher, self._grouped, self._scores)
         if self._lookups:
-            contribution.add_lookups_(self._fisher, self._all_lookups(), self._rows)
+            contribution.add_lookups_(self._fisher, self._all_lookups(), self._rows, self._scores)
         if self._vector is not None:
-            contribution.add_vectors_(self._fisher, self._vector)
+            contribution.add_vectors_(self._fisher, self._vector, self._scores)
 
     def _close_outers(self) -> None:
         ids = [use.ids for use in self._uses if use.ids is not None]
         if ids:
             self._rows = contribution.outer_rows(self._outers, torch.cat(ids, 1))
         left, right = contribution.joined_outers(self._outers)
-        self._small.add(self._fisher, right, left)
+        self._small.add(self._fisher, right, left, self._scores)
         self._outers = []
 
     def _all_lookups(self) -> list[Lookup]:

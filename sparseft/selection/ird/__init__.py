@@ -26,7 +26,7 @@ from sparseft.fisher.sample_dim import SampleDim
 from sparseft.mask import Mask
 from sparseft.selection.arguments import checked_figure
 from sparseft.selection.ird.options import Evaluator, Options
-from sparseft.selection.ird.passes import fisher_of, squared_norms
+from sparseft.selection.ird.passes import fisher_of
 from sparseft.selection.ird.path import Cell, IRDPath
 from sparseft.selection.ird.pool import Pool, read
 from sparseft.selection.ird.search import Search, Space
@@ -71,7 +71,8 @@ def search(
     tried = options.select_by == "evaluator" and options.evaluator is None
     pool, held_out = read(data, options.samples, options.held_out if tried else 0.0, turned)
     everyone = _Everyone(model, names, objective, progress)
-    scores, used = everyone.fisher(pool)
+    norms: dict[int, float] | None = {} if options.sample_score == "all" else None
+    scores, used = everyone.fisher(pool, norms)
     _check_used(used, pool, options.max_dropped)
     start = top_k(scores, density, k=k, scope=scope)
     dropped = sorted(set(pool.positions) - set(used))
@@ -88,6 +89,7 @@ def search(
     if tried:
         evaluator = _trial(model, pool, held_out, options, seed, turned)
     space = _space(everyone, pool, store, layout, entries, options, scope)
+    space.fixed = norms
     if evaluator is not None:
         space.judge = lambda these: _judged(evaluator, mask_of(these))
     found = Search(space, options)
@@ -109,8 +111,8 @@ class _Everyone:
         self.model, self.names, self.objective, self.progress = model, names, objective, progress
         self._last: tuple[list[int], dict[str, Tensor]] = ([], {})
 
-    def fisher(self, pool: Pool) -> tuple[dict[str, Tensor], list[int]]:
-        return fisher_of(self.model, pool, self.names, self.objective, progress=self.progress)
+    def fisher(self, pool: Pool, norms: dict[int, float] | None = None) -> tuple[dict[str, Tensor], list[int]]:
+        return fisher_of(self.model, pool, self.names, self.objective, progress=self.progress, norms=norms)
 
     def largest(self, pool: Pool, counts: list[int], scope: Scope) -> Mapping[str, Tensor]:
         """Return the entries that are best for some samples."""
@@ -164,8 +166,6 @@ def _space(
     space = Space(store, sum(layout.sizes), groups, _least(groups(entries), sizes, options.min_density))
     if options.restrict == "global":
         space.everywhere = lambda samples, counts: layout.join(everyone.largest(pool.only(samples), counts, scope))
-    if options.sample_score == "all":
-        space.fixed = squared_norms(everyone.model, pool, everyone.names, everyone.objective)
     space.classes = pool.labels() if options.class_balance else None
     space.lengths = pool.lengths() if options.length_normalisation else None
     return space

@@ -39,7 +39,7 @@ class Options:
             whole search. "global": among all selectable entries, which takes a Fisher pass over the samples kept, and
             two that score them, for every cell.
         sample_score: a sample's score is the sum of its squared gradients over the entries kept ("selected"), or over
-            all selectable entries ("all"), for which every sample is run by itself once.
+            all selectable entries ("all"), which the first Fisher pass gives too.
         select_by: what is best. "evaluator": the figure of an evaluator. "fisher_mass": the end of the path, each
             round of order "branch" moving to where most Fisher mass is kept. "ladder": the end of the path.
         evaluator: mask -> finite figure, higher is better; by default the loss on samples of the data that are held
