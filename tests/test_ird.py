@@ -342,23 +342,102 @@ def test_each_parameter_by_itself():
         assert_same(path, oracle, model)
 
 
-@pytest.mark.parametrize(
-    "options", [{"order": "joint"}, {"order": "grid"}, {"order": "branch", "sample_score": "all"}]
-)
-def test_above_the_memory_limit_the_path_is_the_same(options):
+def above_the_limit(model, data, **options):
+    """Return the path of a search whose table fits, and the path of one whose table does not."""
+    samples, k = options["samples"], options["k"]
+    in_memory = ird_search(model, data, **options, progress=False, memory_limit=samples * k * 4)
+    with pytest.warns(UserWarning, match="above the memory_limit"):
+        again = ird_search(model, data, **options, progress=False, memory_limit=samples * k * 4 - 1)
+    assert f"one table of {samples} samples x {k} entries" in str(in_memory)
+    assert "the samples kept were run again at every halving of the samples" in str(again)
+    return in_memory, again
+
+
+ORDERS = ["joint", "samples_first", "params_first", "branch", "grid"]
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("options", [{}, {"rescore": False}, {"sample_score": "all"}, {"influence_cap": 0.7}], ids=str)
+def test_above_the_memory_limit_the_path_is_the_same(order, options):
     model, data = classifier(), batches()
     of_mask, _ = liking(model)
-    arguments = {"k": 41, "samples": 13, "min_samples": 2, "progress": False, "evaluator": of_mask, **options}
-    in_memory = ird_search(model, data, **arguments, memory_limit=13 * 41 * 4)
-    with pytest.warns(UserWarning, match="above the memory_limit"):
-        again = ird_search(model, data, **arguments, memory_limit=13 * 41 * 4 - 1)
-    assert "run again for every cell" in str(again)
-    assert "one table of 13 samples x 41 entries" in str(in_memory)
+    options = {"order": order, "samples": 13, "k": 41, "min_samples": 2, "evaluator": of_mask, **options}
+    in_memory, again = above_the_limit(model, data, **options)
     assert again.masks == in_memory.masks
     for one, other in zip(in_memory.cells, again.cells, strict=True):
         assert one.positions == other.positions
         assert one.fisher_mass == pytest.approx(other.fisher_mass, rel=1e-5)
         assert (one.step, one.parent, one.figure, one.chosen) == (other.step, other.parent, other.figure, other.chosen)
+
+
+@pytest.mark.filterwarnings("ignore:some selected entries score zero")
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("scope", ["global", "tensor"])
+def test_above_the_memory_limit_ties_are_the_same(order, scope):
+    # one hidden unit counts nothing, two are the same, and each sample is there twice
+    model = classifier()
+    data = [(torch.cat([inputs, inputs]), torch.cat([labels, labels])) for inputs, labels in batches((7,))]
+    with torch.no_grad():
+        model[3].weight[:, 4] = 0
+        model[0].weight[7], model[0].bias[7], model[3].weight[:, 7] = (
+            model[0].weight[2],
+            model[0].bias[2],
+            model[3].weight[:, 2],
+        )
+    options = {"order": order, "samples": 14, "k": 100, "min_samples": 2, "min_density": 0.1, "scope": scope}
+    in_memory, again = above_the_limit(model, data, **options, select_by="fisher_mass")
+    assert again.masks == in_memory.masks
+    assert [cell.positions for cell in again.cells] == [cell.positions for cell in in_memory.cells]
+    assert again.chosen == in_memory.chosen
+
+
+def runs(order, **options):
+    """Return of how many samples each pass is, of a search from 32 samples and 40 entries to 4 and 5."""
+    model, data, sizes = classifier(), batches((32,)), []
+    model.register_forward_hook(lambda module, args, output: sizes.append(len(output)))
+    options = {"select_by": "fisher_mass", **options, "order": order}
+    path = ird_search(model, data, k=40, samples=32, min_samples=4, progress=False, **options)
+    # the probes are of one sample or two
+    return [size for size in sizes if size > 2], path
+
+
+@pytest.mark.parametrize(
+    ("options", "passes"),
+    [
+        ({"order": "grid"}, [16, 8, 4]),
+        ({"order": "grid", "sample_score": "all"}, [16, 8, 4]),
+        ({"order": "grid", "rescore": False}, [16, 8, 4]),
+        # where the entries kept rank the samples, these are run once more
+        ({"order": "joint"}, [16, 16, 8, 8, 4]),
+        ({"order": "samples_first"}, [16, 16, 8, 8, 4]),
+        ({"order": "params_first"}, [32, 16, 16, 8, 8, 4]),
+        ({"order": "joint", "sample_score": "all"}, [16, 8, 4]),
+        ({"order": "params_first", "sample_score": "all"}, [16, 8, 4]),
+        ({"order": "samples_first", "rescore": False}, [16, 8, 4]),
+        ({"order": "joint", "rescore": False}, [16, 8, 4]),
+    ],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*above the memory_limit")
+def test_above_the_memory_limit_a_halving_takes_at_most_one_pass(options, passes):
+    # the Fisher, and the squared gradients at the start
+    found, path = runs(**options, memory_limit=0)
+    assert found == [32, 32, *passes]
+    assert runs(**options)[0] == [32, 32]
+    assert ("once more" in str(path)) == (len(passes) > 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*above the memory_limit")
+@pytest.mark.parametrize("options", [{}, {"rescore": False}, {"sample_score": "all"}], ids=str)
+def test_above_the_memory_limit_branches_share_passes(options):
+    found, path = runs("branch", **options, memory_limit=0)
+    rounds = len({cell.parent for cell in path.cells}) - 1
+    assert rounds >= 3
+    assert len(found) <= 2 + rounds * (1 if options else 2)
+
+
+def test_entries_of_all_take_two_passes_for_each_choice_of_samples():
+    assert runs("grid", restrict="global")[0] == [32, 32, 32, 16, 16, 8, 8, 4, 4]
 
 
 @pytest.mark.parametrize(("size", "kept"), [(1, [1]), (2, [2, 1]), (3, [3, 2, 1]), (7, [7, 4, 2, 1])])

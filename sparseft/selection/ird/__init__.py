@@ -139,11 +139,14 @@ def _store(everyone: _Everyone, pool: Pool, entries: Tensor, layout: Layout, opt
         )
     stream = Stream(model, pool, layout, objective, progress=progress)
     if options.restrict == "global":
-        return stream, "entries chosen among all: the samples kept were run again for every cell"
+        return stream, "entries chosen among all: the samples kept were run again, up to twice, at every halving"
     note = (
         f"{samples:,} samples x {len(entries):,} entries x 4 bytes are {size / 2**20:,.1f} MiB, above the "
-        f"memory_limit of {options.memory_limit / 2**20:,.1f}: the samples kept were run again for every cell"
+        f"memory_limit of {options.memory_limit / 2**20:,.1f}: the samples kept were run again at every halving of "
+        "the samples"
     )
+    if options.rescore and options.sample_score == "selected" and options.order != "grid":
+        note += ", and once more where the entries kept rank them"
     warnings.warn(note, stacklevel=4)
     return stream, note
 

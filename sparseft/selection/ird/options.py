@@ -37,7 +37,7 @@ class Options:
             sets are then cut from two fixed rankings.
         restrict: "nested": entries are chosen among those kept so far, so that one pass over the samples serves the
             whole search. "global": among all selectable entries, which takes a Fisher pass over the samples kept, and
-            two that score them, for every cell.
+            one that scores them, for every halving.
         sample_score: a sample's score is the sum of its squared gradients over the entries kept ("selected"), or over
             all selectable entries ("all"), which the first Fisher pass gives too.
         select_by: what is best. "evaluator": the figure of an evaluator. "fisher_mass": the end of the path, each
@@ -59,8 +59,12 @@ class Options:
         influence_cap: scale a sample's squared gradients down to this many times those of the median sample; None for
             no cap. The gradient of cross-entropy is the larger the less likely the label seems to the model, so the
             highest Fisher often belongs to a wrong label; a cap keeps a few such samples from choosing the entries.
-        memory_limit: bytes that the samples' gradients at the candidate entries may take, N0 * k * 4. Above, they are
-            computed again for every cell, and a warning says so.
+        memory_limit: bytes that the samples' gradients at the candidate entries may take, N0 * k * 4. Above, the
+            samples kept are run again at every halving of the samples, and a warning says so. A halving of the entries
+            takes no pass, but the samples must be run once more before they are ranked by the entries kept: which
+            these are is known when all samples were run. So rounds of "joint", "samples_first" and "params_first" take
+            two passes, and "branch" no more, unless `rescore` is off or `sample_score` is "all"; a "grid" ranks its
+            samples at the start.
         mode: as for `estimate_fisher`, and so are the next five.
         loss: of the caller's own.
         token_reduction: of a token-level loss.

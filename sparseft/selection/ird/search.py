@@ -13,6 +13,9 @@ from sparseft.selection.ird.path import Cell
 from sparseft.selection.ird.ranking import best_entries, best_samples, caps, halved
 from sparseft.selection.ird.store import Store
 
+# samples, entries -> the entries' sums over the samples, fp32 [k], and the samples' sums over the entries
+Measure = Callable[[tuple[int, ...], Tensor], tuple[Tensor, dict[int, float]]]
+
 # a round of each order: steps one after the other, or (branch) alternatives
 _ROUNDS = {
     "joint": ("both",),
@@ -22,23 +25,60 @@ _ROUNDS = {
 }
 
 
-@dataclass(frozen=True)
 class Point:
-    """Where a search stands: samples, entries, and what was measured there.
+    """Samples and entries that a search looks at. They are measured when first asked about: that may take a pass.
 
     Attributes:
         samples: positions in the data, ascending.
         entries: sorted, int64.
-        sums: of the squared gradients over the samples, fp32, one an entry.
-        scores: of the samples, the sums over the entries.
-        number: of its cell.
+        number: of its cell, once it has one.
     """
 
-    samples: tuple[int, ...]
-    entries: Tensor
-    sums: Tensor
-    scores: Mapping[int, float]
-    number: int
+    def __init__(self, samples: tuple[int, ...], entries: Tensor, measure: Measure) -> None:
+        self.samples, self.entries, self.number = samples, entries, -1
+        self._measure = measure
+        self._sums: Tensor | None = None
+        self._scores: dict[int, float] | None = None
+        self._fewer: Point | None = None
+
+    @property
+    def sums(self) -> Tensor:
+        """The entries' sums of squared gradients over the samples, fp32."""
+        if self._sums is None:
+            self._sums, self._scores = self._measure(self.samples, self.entries)
+        return self._sums
+
+    @property
+    def scores(self) -> dict[int, float]:
+        """The samples' sums over the entries."""
+        if self._scores is None:
+            sums, self._scores = self._measure(self.samples, self.entries)
+            self._sums = sums if self._sums is None else self._sums
+        return self._scores
+
+    @property
+    def mass(self) -> float:
+        """Sum of the squared gradients, out of the entries' sums: those need no pass after entries were halved."""
+        return float(self.sums.sum(dtype=torch.float64))
+
+    def kept(self, samples: tuple[int, ...]) -> Point:
+        """Return the point of some of the samples: the same one, for branches, if they are asked for again."""
+        if samples == self.samples:
+            return self
+        if self._fewer is None or self._fewer.samples != samples:
+            self._fewer = Point(samples, self.entries, self._measure)
+        return self._fewer
+
+    def at(self, entries: Tensor) -> Point:
+        """Return the point of the same samples at other entries; its sums need no pass if they are among these."""
+        if entries is self.entries:
+            return self
+        point = Point(self.samples, entries, self._measure)
+        if self._sums is not None:
+            where = torch.searchsorted(self.entries, entries).clamp_(max=len(self.entries) - 1)
+            if torch.equal(self.entries[where], entries):
+                point._sums = self._sums[where]
+        return point
 
 
 @dataclass
@@ -86,15 +126,14 @@ class Search:
 
     def run(self, samples: list[int], entries: Tensor) -> None:
         """Search from here; mark the chosen cell."""
-        sums, scores = self._space.store.measure(samples, entries, {})
-        samples = sorted(scores)
-        self._weights = caps(scores, self._options.influence_cap)
+        start = Point(tuple(samples), entries, self._measure)
+        self._weights = caps(start.scores, self._options.influence_cap)
         if self._weights:
-            sums, scores = self._space.store.measure(samples, entries, self._weights)
-        self._mass = sum(scores.values())
+            start = Point(tuple(samples), entries, self._measure)
+        start.samples = tuple(sorted(start.scores))
+        self._start, self._mass = start, start.mass
         if not self._mass:
             raise ValueError("every gradient is zero: no entry is better than another; check the loss and the labels")
-        self._start = Point(tuple(samples), entries, sums, scores, 0)
         if self._options.order == "grid":
             self._grid()
         else:
@@ -131,29 +170,29 @@ class Search:
         return samples if step == "samples" else entries
 
     def _step(self, step: str, point: Point) -> Point:
-        samples = point.samples
+        kept = point
         if step != "parameters":
-            samples = tuple(self._keep_samples(point, self._fewer_samples(point)))
+            kept = point.kept(tuple(self._keep_samples(point, self._fewer_samples(point))))
         counts = self._space.groups(point.entries) if step == "samples" else self._fewer_entries(point)
-        entries = self._keep_entries(samples, point, counts)
-        if step == "both" and samples == point.samples:
+        found = self._keep_entries(kept, counts)
+        if step == "both" and kept is point:
             step = "parameters"
         elif step == "both" and counts == self._space.groups(point.entries):
             step = "samples"
-        return self._measured(step, point.number, samples, entries)
+        self._note(step, point.number, found)
+        return found
 
     def _grid(self) -> None:
-        samples, ladder = len(self._start.samples), [self._start]
+        samples = len(self._start.samples)
+        rows = [self._start]
         while halved(samples, self._options.min_samples) < samples:
             samples = halved(samples, self._options.min_samples)
-            kept = tuple(self._keep_samples(self._start, samples))
-            sums, scores = self._space.store.measure(kept, self._start.entries, self._weights)
-            ladder.append(replace(self._start, samples=kept, sums=sums, scores=scores))
-        for row in ladder:
+            rows.append(self._start.kept(tuple(self._keep_samples(self._start, samples))))
+        for point in rows:
             counts = self._space.groups(self._start.entries)
             while True:
-                entries = self._keep_entries(row.samples, row, counts)
-                self._measured("grid" if self.cells else "start", 0 if self.cells else None, row.samples, entries)
+                point = self._keep_entries(point, counts)
+                self._note("grid" if self.cells else "start", 0 if self.cells else None, point)
                 fewer = [halved(c, least) for c, least in zip(counts, self._space.least, strict=True)]
                 if fewer == counts:
                     break
@@ -162,29 +201,30 @@ class Search:
 
     def _keep_samples(self, point: Point, count: int) -> list[int]:
         """Return which of a point's samples stay."""
-        scores = point.scores if self._options.rescore else self._start.scores
         if self._space.fixed is not None:
             scores = {position: self._weights.get(position, 1.0) * s for position, s in self._space.fixed.items()}
+        else:
+            scores = (point if self._options.rescore else self._start).scores
         scores = {position: scores[position] for position in point.samples}
         if self._space.lengths is not None:
             scores = {position: score / self._space.lengths[position] for position, score in scores.items()}
         lowest = self._options.reverse in ("samples", "both")
         return best_samples(scores, count, lowest=lowest, classes=self._space.classes)
 
-    def _keep_entries(self, samples: tuple[int, ...], point: Point, counts: list[int]) -> Tensor:
-        """Return which entries stay, or come, for some samples of a point."""
+    def _keep_entries(self, point: Point, counts: list[int]) -> Point:
+        """Return the point of the same samples at the entries that stay, or come."""
         if self._space.everywhere is not None:
-            return self._space.everywhere(samples if self._options.rescore else self._start.samples, counts)
+            return point.at(
+                self._space.everywhere(point.samples if self._options.rescore else self._start.samples, counts)
+            )
         if counts == self._space.groups(point.entries):
-            return point.entries
-        if not self._options.rescore:
-            sums = self._start.sums[torch.searchsorted(self._start.entries, point.entries)]
-        elif samples == point.samples:
+            return point
+        if self._options.rescore:
             sums = point.sums
         else:
-            sums, _ = self._space.store.measure(samples, point.entries, self._weights)
+            sums = self._start.sums[torch.searchsorted(self._start.entries, point.entries)]
         lowest = self._options.reverse in ("parameters", "both")
-        return point.entries[best_entries(sums, self._space.groups(point.entries), counts, lowest=lowest)]
+        return point.at(point.entries[best_entries(sums, self._space.groups(point.entries), counts, lowest=lowest)])
 
     def _fewer_samples(self, point: Point) -> int:
         return halved(len(point.samples), self._options.min_samples)
@@ -193,19 +233,17 @@ class Search:
         counts = self._space.groups(point.entries)
         return [halved(count, least) for count, least in zip(counts, self._space.least, strict=True)]
 
-    def _measured(self, step: str, parent: int | None, samples: tuple[int, ...], entries: Tensor) -> Point:
-        sums, scores = self._space.store.measure(samples, entries, self._weights)
-        point = Point(samples, entries, sums, scores, len(self.cells))
-        self._note(step, parent, point)
-        return point
+    def _measure(self, samples: tuple[int, ...], entries: Tensor) -> tuple[Tensor, dict[int, float]]:
+        return self._space.store.measure(samples, entries, self._weights)
 
     def _note(self, step: str, parent: int | None, point: Point) -> None:
         figure = None
         if self._space.judge is not None:
             same = next((n for n, entries in enumerate(self.entries) if torch.equal(entries, point.entries)), None)
             figure = self._space.judge(point.entries) if same is None else self.cells[same].figure
-        mass = sum(point.scores.values()) / self._mass
+        point.number = len(self.cells)
         density = len(point.entries) / self._space.total
+        mass = point.mass / self._mass
         self.cells.append(Cell(step, parent, point.samples, len(point.entries), density, mass, figure))
         self.entries.append(point.entries)
 

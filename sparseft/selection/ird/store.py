@@ -87,7 +87,7 @@ class Table:
 
 
 class Stream:
-    """G, computed anew for the samples and entries asked for: a backward pass over them each time."""
+    """G, computed anew for the samples and entries asked for: a pass over these samples each time."""
 
     def __init__(self, model: nn.Module, pool: Pool, layout: Layout, objective: Objective, *, progress: bool) -> None:
         self._model, self._pool, self._layout, self._objective = model, pool, layout, objective
