@@ -73,7 +73,7 @@ def norms_of(model, pool, mode="empirical", reduction="mean"):
     norms = {}
     names = [name for name, _ in model.named_parameters()]
     objective = Objective(mode, None, reduction, 0)
-    fisher, used = fisher_of(model, pool, names, objective, progress=False, norms=norms)
+    fisher, used, _ = fisher_of(model, pool, names, objective, progress=False, norms=norms)
     assert sorted(norms) == used
     total = sum(float(scores.sum(dtype=torch.float64)) for scores in fisher.values())
     assert sum(norms.values()) == pytest.approx(total, rel=1e-5)

@@ -1,6 +1,7 @@
 """Each method selects what its definition says, computed here by other means."""
 
 import re
+import warnings
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 import sparseft
+from sparseft.fisher import estimate_fisher, sample_gradients
 from sparseft.selection import METHODS, watched
 
 
@@ -121,6 +123,76 @@ def test_samples_that_are_not_finite_are_left_out_and_counted():
     mask = sparseft.select("fish", classifier(), data, k=50)
     assert mask.info["dropped"] == [3]
     assert mask.info["samples"] == 20
+
+
+class Reversed(torch.nn.Module):
+    """Runs its first layer on the samples in another order, which no rule follows."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(20, 30), torch.nn.Linear(30, 4)
+
+    def forward(self, x):
+        return self.last(self.first(x.flip(0)).flip(0).tanh())
+
+
+def fisher_of(model):
+    return estimate_fisher(model, batches()).report.fallback
+
+
+def gradients_of(model):
+    indices = {name: torch.arange(p.numel()) for name, p in model.named_parameters()}
+    return sample_gradients(model, batches(), indices).report.fallback
+
+
+def chosen_by(name, options):
+    def select(model):
+        return sparseft.select(name, model, batches(), k=50, progress=False, **options).info["fallback"]
+
+    return select
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        fisher_of,
+        gradients_of,
+        chosen_by("fish", {}),
+        chosen_by("child_tuning", {}),
+        chosen_by("ird", {"samples": 16, "select_by": "ladder"}),
+        # the same samples are run again for every cell
+        chosen_by("ird", {"samples": 16, "select_by": "ladder", "restrict": "global", "sample_score": "all"}),
+    ],
+)
+def test_the_slow_path_is_warned_of_once_and_recorded(function):
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        fallback = function(Reversed())
+    assert set(fallback) == {"first.weight", "first.bias"}
+    assert len(found) == 1
+    text = str(found[0].message)
+    assert text.startswith("2 of 4 parameters take the slow path")
+    assert all(f"{name} ({reason})" in text for name, reason in fallback.items())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert function(classifier()) == {}
+
+
+def test_a_long_list_of_parameters_on_the_slow_path_is_cut():
+    model = torch.nn.Sequential(*[Reversed().first if n == 0 else torch.nn.Linear(30, 30) for n in range(5)])
+    whole = torch.nn.Sequential(model, torch.nn.Linear(30, 4))
+    forward = model.forward
+    model.forward = lambda x: forward(x.flip(0)).flip(0)
+    with pytest.warns(UserWarning, match=r"^10 of 12 parameters .* \(.*\), \.\.\.; ") as found:
+        assert len(fisher_of(whole)) == 10
+    assert len(re.findall(r"0\.\d\.(?:weight|bias)", str(found[0].message))) == 3
+
+
+def test_what_took_the_slow_path_is_saved_with_the_mask(tmp_path):
+    with pytest.warns(UserWarning, match="first.weight"):
+        mask = sparseft.select("fish", Reversed(), batches(), k=50)
+    mask.save(tmp_path / "mask")
+    assert sparseft.Mask.load(tmp_path / "mask").info["fallback"] == mask.info["fallback"] != {}
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
-from sparseft.fisher.report import FisherReport
+from sparseft.fisher.report import FisherReport, warn_of_fallback
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.fisher.state import evaluation, without_recomputation
 from sparseft.mask import check_indices
@@ -96,6 +96,7 @@ def sample_gradients(
     columns = ColumnPass(model, indices, objective, squared=squared)
     blocks: list[Tensor] = []
     columns.run(limited(data, samples, turned.first), lambda positions, block: blocks.append(block), progress=progress)
+    warn_of_fallback(columns.report.fallback, len(columns.report.rules), stacklevel=3)
     return SampleGradients(torch.cat(blocks), columns.where, columns.report)
 
 

@@ -14,7 +14,7 @@ from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
-from sparseft.fisher.report import FisherReport, FisherScores, few
+from sparseft.fisher.report import FisherReport, FisherScores, few, warn_of_fallback
 from sparseft.fisher.resume import Continuation, fingerprint
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.fisher.state import evaluation, without_recomputation
@@ -78,7 +78,8 @@ def estimate_fisher(
 
     Returns:
         Parameter name -> fp32 scores of its shape, in (loss of one sample / parameter)^2 (of one token, for "token"),
-        with a `report` that says what that loss is.
+        with a `report` that says what that loss is. A warning names parameters that no rule serves, which are done
+        one sample at a time; `report.fallback` has all of them, with the reason.
 
     Raises:
         ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; too few
@@ -114,6 +115,7 @@ def estimate_fisher(
     scores = past.joined(_scores(ledger, run, objective, report))
     past.save(scores)
     _check_dropped(scores.report, max_dropped)
+    warn_of_fallback(scores.report.fallback, len(scores), stacklevel=3)
     return scores
 
 

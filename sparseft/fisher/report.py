@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +13,7 @@ from torch import Tensor
 from sparseft import files
 
 KIND = "fisher"
+_SHOWN = 3  # parameters that a warning names
 _T = TypeVar("_T")
 
 
@@ -110,6 +112,19 @@ def in_order(held: Mapping[str, _T], header: Mapping[str, Any]) -> dict[str, _T]
     """
     known = [name for name in header["rules"] if name in held]
     return {name: held[name] for name in dict.fromkeys([*known, *held])}
+
+
+def warn_of_fallback(fallback: Mapping[str, str], scored: int, stacklevel: int) -> None:
+    """Warn, once for all of them, of parameters that are done one sample at a time; scored: how many there are."""
+    if fallback:
+        shown = [f"{name} ({reason})" for name, reason in list(fallback.items())[:_SHOWN]]
+        warnings.warn(
+            f"{len(fallback)} of {scored} parameters take the slow path, one sample at a time: {', '.join(shown)}"
+            f"{', ...' if len(fallback) > _SHOWN else ''}; they are as exact as the others; leave them out "
+            "(`names`, or `exclude` of select) if that takes too long; the report, or the mask's info, has all as "
+            "`fallback`",
+            stacklevel=stacklevel,
+        )
 
 
 def few(positions: list[int]) -> str:

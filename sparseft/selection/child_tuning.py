@@ -60,7 +60,8 @@ def score(
     _check(fisher, samples, max_norm)
     if fisher == "sample":
         scores = estimate_fisher(model, data, samples=samples, loss=loss, names=names, seed=seed, progress=progress)
-        return scores, {"samples": scores.report.samples, "dropped": scores.report.dropped}
+        report = scores.report
+        return scores, {"samples": report.samples, "dropped": report.dropped, "fallback": report.fallback}
     objective = Objective("empirical", loss, "mean", seed)
     sums = zeros(model, names)
     counted: list[int] = []

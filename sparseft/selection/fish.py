@@ -50,4 +50,9 @@ def score(
         progress=progress,
     )
     report = scores.report
-    return scores, {"samples": report.samples, "last_position": report.positions[-1], "dropped": report.dropped}
+    return scores, {
+        "samples": report.samples,
+        "last_position": report.positions[-1],
+        "dropped": report.dropped,
+        "fallback": report.fallback,
+    }

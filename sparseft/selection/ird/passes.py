@@ -26,8 +26,8 @@ def fisher_of(
     *,
     progress: bool,
     norms: dict[int, float] | None = None,
-) -> tuple[dict[str, Tensor], list[int]]:
-    """Return the sum of the samples' squared gradients, name -> fp32, and the positions that are in it.
+) -> tuple[dict[str, Tensor], list[int], dict[str, str]]:
+    """Return the sum of the samples' squared gradients, name -> fp32, the positions that are in it, and the fallback.
 
     What `estimate_fisher` does, for samples that keep their positions in the data: drawn labels depend on them.
 
@@ -35,7 +35,8 @@ def fisher_of(
     """
     model = unwrapped(model)
     parameters = scored_parameters(model, names)
-    run = OnePass(model, objective, parameters, FisherReport(str(objective.settings["mode"])))
+    report = FisherReport(str(objective.settings["mode"]))
+    run = OnePass(model, objective, parameters, report)
     found: dict[int, float] = {}
 
     def add(sums: Mapping[str, Tensor], batch: Batch, positions: list[int]) -> list[int]:
@@ -58,4 +59,4 @@ def fisher_of(
     used = sorted(ledger.used)
     if norms is not None:
         norms.update((position, max(found[position], 0.0)) for position in used)
-    return ledger.sums, used
+    return ledger.sums, used, report.fallback
