@@ -2,6 +2,8 @@
 
 import dataclasses
 import io
+import signal
+import threading
 
 import models
 import pytest
@@ -12,7 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from tqdm.auto import tqdm
 
-from sparseft.fisher import FisherScores, engine, estimate_fisher
+from sparseft.fisher import FisherScores, engine, estimate_fisher, ledger
 from sparseft.fisher.resume import fingerprint
 from sparseft.selection import select
 
@@ -174,6 +176,170 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(after, bad, tmp_path):
     calls = counted(model)
     assert_same(scores(model, batches, **options), whole)
     assert not calls
+
+
+class Failing(nn.Module):
+    """Calls a function in a forward run, or in the backward run that follows it, after so many others."""
+
+    def __init__(self, fail, run, backward):
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 5), nn.Linear(5, 3)
+        self.fail, self.run, self.backward = fail, run, backward
+
+    def forward(self, x):
+        self.run -= 1
+        y = self.first(x)
+        if self.run == 0 and self.backward:
+            # the sums of the last layer have the batch by then, those of the first have not
+            y.register_hook(lambda grad: self.fail())
+        elif self.run == 0:
+            self.fail()
+        return self.last(y.tanh())
+
+
+def failing(fail=None, batch=SAMPLES, backward=False):
+    torch.manual_seed(0)
+    # the probe is two runs
+    return Failing(fail, 2 + batch, backward)
+
+
+def broken():
+    raise RuntimeError("broken")
+
+
+def interrupt():
+    signal.raise_signal(signal.SIGINT)
+
+
+def twice():
+    interrupt()
+    interrupt()
+
+
+# what ends the pass in batch 4 (or before it), and how many samples are in the file afterwards: where batches go to
+# the sums directly, and where they go through a copy, which a part of a batch does not leave
+@pytest.mark.parametrize(
+    ("fail", "backward", "error", "kept", "kept_by_copy"),
+    [
+        (None, False, KeyboardInterrupt, 12, 12),
+        (broken, False, RuntimeError, 12, 12),
+        (broken, True, RuntimeError, 0, 12),
+        # the batch is finished
+        (interrupt, False, KeyboardInterrupt, 16, 16),
+        (interrupt, True, KeyboardInterrupt, 16, 16),
+        # a second one is not waited for
+        (twice, False, KeyboardInterrupt, 12, 12),
+        (twice, True, KeyboardInterrupt, 0, 12),
+    ],
+)
+@pytest.mark.parametrize("earlier", [0, 6])
+@pytest.mark.parametrize("copied", [False, True])
+def test_whole_batches_are_saved_before_an_error_goes_on(
+    fail, backward, error, kept, kept_by_copy, earlier, copied, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(ledger, "nbytes", lambda batch: 10**6 if copied else 0)
+    kept = kept_by_copy if copied else kept
+    options = {"checkpoint": tmp_path / "scores"}
+    whole = scores(failing(), data())
+    if earlier:
+        scores(failing(), data(), samples=earlier, **options)
+    # one batch is skipped of those that were there, and one is cut
+    model = failing(fail, batch=4 - earlier // 4, backward=backward)
+    batches = interrupted(data(), 3) if fail is None else data()
+    with pytest.raises(error):
+        scores(model, batches, **options)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    kept = kept or earlier
+    assert (tmp_path / "scores").exists() == bool(kept)
+    if kept:
+        assert FisherScores.load(tmp_path / "scores").report.seen == kept
+    model = failing()
+    calls = counted(model)
+    assert_same(scores(model, data(), **options), whole)
+    assert sum(calls) == SAMPLES - kept + 3
+
+
+class Steep(Failing):
+    """Has finite losses of large inputs, and gradients whose squares are not finite."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(x.gt(9).any(1, keepdim=True), 1e20, 1.0)
+
+
+@pytest.mark.parametrize(("batch", "error"), [(SAMPLES, KeyboardInterrupt), (8 + 4, RuntimeError)])
+def test_where_sums_are_not_finite_nothing_is_saved(batch, error, tmp_path, monkeypatch):
+    """Before that is found out, and while batches are run again because of it: the sums begin anew then."""
+    monkeypatch.setattr(ledger, "nbytes", lambda batch: 0)
+    batches = data()
+    batches[1][0][0] = 10
+    model = Steep(broken, 2 + batch, backward=False)
+    with pytest.raises(error):
+        scores(model, interrupted(batches, 3) if error is KeyboardInterrupt else batches, checkpoint=tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    # eight batches are kept until then, and run through a copy: that of the bad sample, sample by sample
+    model = Steep(None, SAMPLES, backward=False)
+    calls = counted(model)
+    assert scores(model, batches, checkpoint=tmp_path / "a", max_dropped=0.5).report.dropped == [4]
+    assert calls == [1, 2, *[4] * 8, 4, 4, 1, 1, 1, 1, *[4] * 6, 4, 4]
+
+
+@pytest.mark.parametrize("seconds", [0, 300])
+def test_an_interruption_while_samples_are_skipped_leaves_the_checkpoint_alone(seconds, tmp_path):
+    options = {"checkpoint": tmp_path / "scores", "checkpoint_seconds": seconds}
+    scores(linear(), data(), samples=10, **options)
+    before = (tmp_path / "scores").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        scores(linear(), interrupted(data(), 1), **options)
+    assert (tmp_path / "scores").read_bytes() == before
+
+
+def test_an_interruption_of_the_last_save_waits_for_it(tmp_path, monkeypatch):
+    save = FisherScores.save
+
+    def interrupting(self, path):
+        interrupt()
+        save(self, path)
+
+    monkeypatch.setattr(FisherScores, "save", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        scores(linear(), data(), checkpoint=tmp_path / "scores")
+    assert FisherScores.load(tmp_path / "scores").report.seen == SAMPLES
+
+
+def test_handlers_of_others_are_called_and_put_back(tmp_path):
+    called = []
+
+    def handler(number, frame):
+        called.append(number)
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        # it does not end the pass
+        model = failing(interrupt, 4, backward=True)
+        assert_same(scores(model, data(), checkpoint=tmp_path / "scores"), scores(failing(), data()))
+        assert called == [signal.SIGINT]
+        assert signal.getsignal(signal.SIGINT) is handler
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        scores(failing(interrupt, 4), data(), checkpoint=tmp_path / "other")
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def test_without_a_checkpoint_an_interruption_is_not_held_back():
+    model = failing(interrupt, 4)
+    calls = counted(model)
+    with pytest.raises(KeyboardInterrupt):
+        scores(model, data())
+    assert calls == [1, 2, 4, 4, 4]
+
+
+def test_other_threads_have_no_signals(tmp_path):
+    made = []
+    thread = threading.Thread(target=lambda: made.append(scores(linear(), data(), checkpoint=tmp_path / "scores")))
+    thread.start()
+    thread.join()
+    assert_same(made[0], scores(linear(), data()))
 
 
 def test_a_checkpoint_may_be_continued_with_other_batches_and_more_samples(tmp_path):

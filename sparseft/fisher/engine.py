@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
 from dataclasses import replace
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from sparseft.fisher.batches import Batch, limited
+from sparseft.fisher.interrupts import Interrupts
 from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
@@ -72,6 +74,9 @@ def estimate_fisher(
             both, as if they had been one pass.
         checkpoint: a file to save to every `checkpoint_seconds` seconds and at the end. If it is there already, the
             pass goes on where it stopped: the samples it holds are skipped, and must be the first of the data again.
+            Whole batches are also saved when the pass is interrupted or fails. Ctrl-C waits for the end of its batch
+            for that; a second one does not. What an error in a backward pass, or a second Ctrl-C in one, leaves in
+            the sums is not saved: the file then is what it was.
         checkpoint_seconds: see checkpoint.
         seed: of the draws of mode "sampled".
         progress: show a bar, if the pass takes longer than two seconds.
@@ -99,24 +104,50 @@ def estimate_fisher(
     past = Continuation(resume, checkpoint, checkpoint_seconds, parameters, report)
     run = OnePass(model, objective, parameters, report)
     ledger = Ledger(parameters, lambda sums, batch, positions: run.add(Squares(sums), batch, positions))
-    count = 0
-    with evaluation(model, parameters), without_recomputation(), _bar(data, samples, past.skipped, progress) as bar:
-        for batch, positions in limited(data, samples, turned.first):
-            count += len(positions)
-            batch, positions = past.rest(batch, positions)
-            if positions:
-                ledger.add(batch, positions)
-                bar.update(len(positions))
-            if past.due():
-                ledger.settle()
-                past.save(past.joined(_scores(ledger, run, objective, report, copy=True)))
+
+    def save(*, copy: bool) -> FisherScores:
         ledger.settle()
-    past.end(count)
-    scores = past.joined(_scores(ledger, run, objective, report))
-    past.save(scores)
+        scores = past.joined(_scores(ledger, run, objective, report, copy=copy))
+        past.save(scores)
+        return scores
+
+    count = 0
+    with Interrupts(active=past.saves) as interrupts:
+        with (
+            evaluation(model, parameters),
+            without_recomputation(),
+            _rescued(ledger, past, save),
+            _bar(data, samples, past.skipped, progress) as bar,
+        ):
+            for batch, positions in limited(data, samples, turned.first):
+                count += len(positions)
+                with interrupts.held():
+                    batch, positions = past.rest(batch, positions)
+                    if positions:
+                        ledger.add(batch, positions)
+                    past.done()
+                bar.update(len(positions))
+                # before its first batch, a pass that goes on has nothing that the checkpoint has not
+                if past.due() and ledger.used:
+                    save(copy=True)
+            ledger.settle()
+        past.end(count)
+        with interrupts.held():
+            scores = save(copy=False)
     _check_dropped(scores.report, max_dropped)
     warn_of_fallback(scores.report.fallback, len(scores), stacklevel=3)
     return scores
+
+
+@contextmanager
+def _rescued(ledger: Ledger, past: Continuation, save: Callable[..., FisherScores]) -> Iterator[None]:
+    """Save the whole batches of a pass before an error or an interruption goes on, if they can be told apart."""
+    try:
+        yield
+    except BaseException:
+        if past.saves and ledger.used and ledger.whole():
+            save(copy=False)
+        raise
 
 
 def _scores(

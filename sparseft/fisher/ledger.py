@@ -28,11 +28,19 @@ class Sums(dict[str, Tensor]):
     That is when the first backward pass begins. A heap holds the activations then, and the sums lie beyond them: they
     leave no gaps where the activations of the next batch go, and behind them a C library finds nothing to give back to
     the system after every batch, from which the next would have to take it again, page by page.
+
+    Attributes:
+        changing: a sum was asked for by name, to be added to, and nobody has said since that this is over.
     """
 
     def __init__(self, parameters: Mapping[str, Tensor]) -> None:
         super().__init__()
+        self.changing = False
         self._parameters = parameters
+
+    def __getitem__(self, name: str) -> Tensor:
+        self.changing = True
+        return super().__getitem__(name)
 
     def __missing__(self, name: str) -> Tensor:
         self.complete()
@@ -70,8 +78,10 @@ class Ledger:
         """Add a batch."""
         if self._scratch is not None:
             self._add_checked(batch, positions)
+            self.sums.changing = False
             return
         self._note(positions, self._add(self.sums, batch, positions))
+        self.sums.changing = False
         self._journal.append((batch, positions))
         self._room -= nbytes(batch)
         if len(self._journal) % _CHECK_EVERY == 0 or self._room < 0:
@@ -83,6 +93,13 @@ class Ledger:
             self._check()
         self.sums.complete()
 
+    def whole(self) -> bool:
+        """Return whether the sums are finite, and have all of the batches that were added and no part of another.
+
+        They may not be after an error. If they are, `settle` runs nothing again.
+        """
+        return not self.sums.changing and _finite(self.sums)
+
     def _check(self) -> None:
         if not _finite(self.sums):
             journal = self._journal
@@ -91,6 +108,8 @@ class Ledger:
             self._scratch = self.sums.like()
             for batch, positions in journal:
                 self._add_checked(batch, positions)
+            # not before the last: until then the sums have fewer batches than were added
+            self.sums.changing = False
         elif self._room < 0:
             self._scratch = self.sums.like()
         if self._scratch is not None:

@@ -47,11 +47,16 @@ class Continuation:
         if self._path is not None and not self._path.parent.is_dir():
             raise ValueError(f"the folder of the checkpoint {self._path} must be there before the pass; create it")
         self._seconds, self._saved_at = seconds, time.monotonic()
-        self._checksum = 0
+        self._checksum = self._next = 0  # of the samples before the batch under way, and with it
         found = self._path if self._path is not None and self._path.exists() else resume
         self._earlier = found if found is None or isinstance(found, FisherScores) else FisherScores.load(found)
         if self._earlier is not None:
             _check_same(self._earlier, parameters, report)
+
+    @property
+    def saves(self) -> bool:
+        """Whether there is to be a checkpoint."""
+        return self._path is not None
 
     @property
     def skipped(self) -> int:
@@ -59,16 +64,23 @@ class Continuation:
         return self._earlier.report.seen if self._earlier is not None and self._path is not None else 0
 
     def rest(self, batch: Batch, positions: list[int]) -> tuple[Batch, list[int]]:
-        """Return what is left to do of a batch, and the positions of its samples, counted from the earlier ones."""
+        """Return what is left to do of a batch, and the positions of its samples, counted from the earlier ones.
+
+        The batch is under way then, until `done` is called.
+        """
         if self._path is None:
             start = self._earlier.report.seen if self._earlier is not None else 0
             return batch, [start + position for position in positions]
         known = min(max(self.skipped - positions[0], 0), len(positions))
-        self._checksum = _checksum(batch, range(known), self._checksum)
+        self._next = _checksum(batch, range(known), self._checksum)
         if known and positions[known - 1] == self.skipped - 1:
             self._check_data()
-        self._checksum = _checksum(batch, range(known, len(positions)), self._checksum)
+        self._next = _checksum(batch, range(known, len(positions)), self._next)
         return (take(batch, range(known, len(positions))) if known else batch), positions[known:]
+
+    def done(self) -> None:
+        """Count the batch under way among the samples that a checkpoint holds."""
+        self._checksum = self._next
 
     def due(self) -> bool:
         """Return whether it is time to save."""
@@ -94,7 +106,7 @@ class Continuation:
             )
 
     def _check_data(self) -> None:
-        if self._earlier is not None and self._earlier.report.data != self._checksum:
+        if self._earlier is not None and self._earlier.report.data != self._next:
             raise ValueError(
                 f"the data must begin with the {self.skipped} samples that are in the checkpoint {self._path}, in the "
                 "same order and with the same padding, but these differ; fix the seed of a loader that shuffles and "
