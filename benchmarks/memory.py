@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import leftovers
 import peers
 import torch
 import training_steps
@@ -45,6 +46,8 @@ def prepare(workload: str, device: str, *details: str) -> tuple[Callable[[], Any
         return lambda: select(few, 10), lambda: select(many, k)
     if workload in OF_FILES:
         return _of_files(OF_FILES[workload], details[0], int(details[1]))
+    if workload in leftovers.WAYS:
+        return _leftovers(leftovers.WAYS[workload], details[0], device)
     name, batches, samples, tokens, *density = details
     model = workloads.MODELS[name](device)
     if workload in training_steps.STEPS:
@@ -66,6 +69,12 @@ def _of_files(select: Callable[[str, int], Any], path: str, k: int) -> tuple[Cal
             select(few, 10)
 
     return small, lambda: select(path, k)
+
+
+def _leftovers(run: Callable[..., Any], name: str, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+    model, parameters, full = leftovers.prepared(name, device)
+    few = tuple(part[:2] for part in full)
+    return lambda: run(model, parameters, few), lambda: run(model, parameters, full)
 
 
 def _steps(
