@@ -1,9 +1,7 @@
-"""Modules that do something odd in their middle, data for them, and the comparison that they must pass."""
+"""Modules that do something odd in their middle, and data for them."""
 
 import torch
 from torch import nn
-
-from sparseft.fisher import batch_one_fisher, estimate_fisher
 
 N, T, H, C = 5, 6, 8, 3
 
@@ -30,11 +28,3 @@ def data(samples=N, length=T, seed=0):
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 11, (samples, length), generator=generator)
     return ids, torch.randint(0, C, (samples,), generator=generator)
-
-
-def assert_exact(model, batches, loss=None):
-    scores = estimate_fisher(model, batches, loss=loss, progress=False)
-    expected = batch_one_fisher(model, batches, loss=loss)
-    for name, value in expected.items():
-        torch.testing.assert_close(scores[name], value, rtol=1e-4, atol=1e-5 * float(value.max()), msg=name)
-    return scores

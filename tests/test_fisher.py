@@ -3,40 +3,11 @@
 import models
 import pytest
 import torch
+from exactness import BOUND, assert_same, own_loss_loop, slices
 from models import one_thread  # noqa: F401
 
 from sparseft import testing
 from sparseft.fisher import batch_one_fisher, estimate_fisher, small_layers, verify
-
-
-def own_loss_loop(model, batch):
-    """The oracle: the loss that transformers itself computes for a batch of one sample, nothing of sparseft."""
-    model.eval()
-    scores = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    count = len(batch["labels"])
-    for n in range(count):
-        model.zero_grad()
-        one = {key: value[n : n + 1].to(model.device) for key, value in batch.items()}
-        model(**one).loss.backward()
-        for name, p in model.named_parameters():
-            scores[name] += p.grad**2
-    model.zero_grad()
-    model.train()
-    return {name: total / count for name, total in scores.items()}
-
-
-def assert_same(scores, reference, tolerance=1e-5):
-    assert scores.keys() == reference.keys()
-    largest = max(float(expected.max()) for expected in reference.values())
-    for name, expected in reference.items():
-        # a key's bias shifts all attention logits of a query alike: its gradient is zero but for rounding
-        floor = (1e-9 if name.endswith(("key.bias", "k_proj.bias")) else 1e-12) * largest
-        error = float((scores[name] - expected).abs().max()) / max(float(expected.max()), floor)
-        assert error <= tolerance, f"{name}: error {error:.1e}"
-
-
-def slices(batch, size):
-    return [{key: value[i : i + size] for key, value in batch.items()} for i in range(0, len(batch["labels"]), size)]
 
 
 @pytest.mark.parametrize("device", testing.devices())
@@ -46,7 +17,7 @@ def test_every_parameter_equals_the_loop_of_single_samples(name, device):
     for left in (False, True):
         batch = models.batch(name, left=left)
         scores = estimate_fisher(model, slices(batch, 3), progress=False)
-        assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
+        assert_same(scores, own_loss_loop(model, batch))
         assert scores.report.samples == 5
         # DeBERTa reads the first token; if it is padding, no position reaches it, and nothing shows where samples lie
         assert bool(scores.report.fallback) == (left and name.startswith("deberta"))
@@ -151,7 +122,7 @@ def test_verify_compares_and_names_what_differs(monkeypatch):
     model, batch = models.make("bert"), models.batch("bert")
     errors = verify(model, slices(batch, 3))
     assert set(errors) == {name for name, _ in model.named_parameters()}
-    assert max(errors.values()) < 1e-4
+    assert max(errors.values()) <= BOUND
     from sparseft.fisher import contribution
 
     # the classic mistake: squares of tokens in place of squares of samples

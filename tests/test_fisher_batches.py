@@ -4,6 +4,7 @@ from collections import namedtuple
 
 import pytest
 import torch
+from exactness import BOUND, assert_same
 from models import one_thread  # noqa: F401
 from torch import nn
 
@@ -50,12 +51,6 @@ def batch_first_scores(model, x, labels):
     return {name.removeprefix("inner."): score for name, score in batch_one_fisher(BatchFirst(), data).items()}
 
 
-def assert_scores(found, expected):
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5 * float(value.max()))
-
-
 @pytest.mark.parametrize("named", [None, 1, {"0": 1}])
 @pytest.mark.parametrize("samples", [5, 3])
 def test_time_major_inputs(named, samples):
@@ -63,25 +58,25 @@ def test_time_major_inputs(named, samples):
     expected = batch_first_scores(model, x[:, :samples], labels[:samples])
     scores = estimate_fisher(model, [(x, labels)], samples=samples, batch_dim=named, progress=False)
     assert scores.report.samples == samples
-    assert_scores(scores, expected)
-    assert_scores(batch_one_fisher(model, [(x, labels)], samples=samples, batch_dim=named), expected)
-    assert max(verify(model, [(x, labels)], batch_dim=named).values()) < 1e-4
+    assert_same(scores, expected)
+    assert_same(batch_one_fisher(model, [(x, labels)], samples=samples, batch_dim=named), expected)
+    assert max(verify(model, [(x, labels)], batch_dim=named).values()) <= BOUND
 
 
 @pytest.mark.parametrize("steps", [STEPS, SAMPLES])
 def test_time_major_inputs_and_labels(steps):
     model, (x, labels) = TimeMajor(by_step=True), sequences(by_step=True, steps=steps)
     halves = [(x[:, :2], labels[:, :2]), (x[:, 2:], labels[:, 2:])]
-    assert_scores(estimate_fisher(model, halves, batch_dim=1, progress=False), batch_first_scores(model, x, labels))
+    assert_same(estimate_fisher(model, halves, batch_dim=1, progress=False), batch_first_scores(model, x, labels))
 
 
 def test_named_inputs_of_several_layouts():
     model, (x, labels) = TimeMajor(), sequences()
     batch = {"x": x, "mask": torch.ones(SAMPLES, STEPS), "labels": labels}
     expected = batch_first_scores(model, x, labels)
-    assert_scores(estimate_fisher(model, [batch], batch_dim={"x": 1}, progress=False), expected)
+    assert_same(estimate_fisher(model, [batch], batch_dim={"x": 1}, progress=False), expected)
     # steps or samples: both sizes are in every tensor but the labels, and twice nowhere
-    assert_scores(estimate_fisher(model, [batch], progress=False), expected)
+    assert_same(estimate_fisher(model, [batch], progress=False), expected)
 
 
 def test_a_loss_of_ones_own_sees_the_batch_as_it_was():
@@ -94,7 +89,7 @@ def test_a_loss_of_ones_own_sees_the_batch_as_it_was():
 
     scores = estimate_fisher(model, [(x, labels)], loss=loss, batch_dim=1, progress=False)
     assert {shape[0] for shape in seen} == {STEPS}
-    assert_scores(scores, batch_first_scores(model, x, labels))
+    assert_same(scores, batch_first_scores(model, x, labels))
 
 
 @pytest.mark.parametrize(

@@ -4,8 +4,9 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_exact
 from models import one_thread  # noqa: F401
-from nets import C, H, Net, T, assert_exact, data, parameter
+from nets import C, H, Net, T, data, parameter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint

@@ -3,6 +3,7 @@
 import models
 import pytest
 import torch
+from exactness import assert_same, assert_same_gradients
 from models import one_thread  # noqa: F401
 from torch import nn
 
@@ -35,19 +36,12 @@ def own_losses(model, batch):
         yield model(**{key: value[sample : sample + 1] for key, value in batch.items()}).loss
 
 
-def assert_same(found, expected):
-    assert set(found) == set(expected)
-    scale = max(float(rows.abs().max()) for rows in expected.values())
-    for name, rows in expected.items():
-        torch.testing.assert_close(found[name], rows, rtol=1e-4, atol=1e-6 * scale, msg=lambda m, n=name: f"{n}: {m}")
-
-
 @pytest.mark.parametrize("name", ["bert", "bert masked", "roberta", "gpt2", "llama", "llama tied"])
 def test_they_are_the_gradients_of_single_samples(name):
     model, batch = models.make(name), models.batch(name)
     indices = chosen(model)
     found = sample_gradients(model, [batch], indices, progress=False)
-    assert_same(found, single_gradients(model, batch, indices, own_losses))
+    assert_same_gradients(found, single_gradients(model, batch, indices, own_losses))
     assert found.report.positions == list(range(5))
 
 
@@ -104,7 +98,7 @@ def test_convolutions_matrices_used_twice_and_the_fallback():
             yield nn.functional.cross_entropy(model(x[sample : sample + 1]), y[sample : sample + 1])
 
     found = sample_gradients(model, [(x, y)], indices, progress=False)
-    assert_same(found, single_gradients(model, None, indices, losses))
+    assert_same_gradients(found, single_gradients(model, None, indices, losses))
     assert found.report.rules["mix"] == "fallback"
 
 
@@ -113,8 +107,10 @@ def test_one_entry_and_every_entry_of_a_parameter():
     every = {name: torch.arange(p.numel(), dtype=torch.int32) for name, p in model.named_parameters()}
     one = {"bert.embeddings.word_embeddings.weight": torch.tensor([5 * 32 + 7])}
     whole = sample_gradients(model, [batch], every, progress=False)
-    assert_same(whole, single_gradients(model, batch, every, own_losses))
-    assert_same(sample_gradients(model, [batch], one, progress=False), single_gradients(model, batch, one, own_losses))
+    assert_same_gradients(whole, single_gradients(model, batch, every, own_losses))
+    assert_same_gradients(
+        sample_gradients(model, [batch], one, progress=False), single_gradients(model, batch, one, own_losses)
+    )
 
 
 def test_samples_that_are_not_finite_are_left_out():

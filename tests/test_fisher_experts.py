@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import transformers as tf
+from exactness import assert_exact, assert_same, assert_same_gradients, own_loss_loop, slices
 from models import one_thread  # noqa: F401
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -79,36 +80,6 @@ def ragged(samples=5, length=9, left=False, seed=1):
     return {"input_ids": ids, "attention_mask": mask.long(), "labels": ids.masked_fill(~mask, -100)}
 
 
-def own_loss_loop(model, batch):
-    """Return the mean of squared gradients of the loss transformers computes for a batch of one."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    sums = {name: torch.zeros_like(p) for name, p in model.named_parameters()}
-    samples = len(batch["input_ids"])
-    for n in range(samples):
-        model.zero_grad()
-        model(**{key: value[n : n + 1].to(device) for key, value in batch.items()}).loss.backward()
-        for name, p in model.named_parameters():
-            if p.grad is not None:
-                sums[name] += p.grad.square()
-    model.zero_grad()
-    model.train(training)
-    return {name: total / samples for name, total in sums.items()}
-
-
-def assert_same(scores, expected, tolerance=1e-5):
-    assert set(scores) == set(expected)
-    largest = max(float(value.max()) for value in expected.values())
-    for name, value in expected.items():
-        scale = max(float(value.max()), 1e-9 * largest)
-        error = float((scores[name] - value).abs().max()) / scale
-        assert error <= tolerance, f"{name}: {error:.1e} ({scores.report.rules[name]})"
-
-
-def slices(batch, size):
-    return [{k: v[i : i + size] for k, v in batch.items()} for i in range(0, len(batch["input_ids"]), size)]
-
-
 def expert_parameters(model):
     return [name for name, _ in model.named_parameters() if ".experts." in name]
 
@@ -127,7 +98,7 @@ def test_every_parameter_is_exact(name, implementation, device):
         assert scores.report.fallback.keys() <= routers, scores.report
         for parameter in expert_parameters(model):
             assert scores.report.rules[parameter] == ("bias" if parameter.endswith("_bias") else "experts")
-        assert_same(scores, own_loss_loop(model, batch), 1e-5 if device == "cpu" else 1e-4)
+        assert_same(scores, own_loss_loop(model, batch), noise=routers)
 
 
 def test_experts_that_see_every_token_in_one_batched_product():
@@ -158,8 +129,8 @@ class Product(nn.Module):
 
 def test_a_batched_product_is_captured_where_samples_lie_one_after_the_other():
     torch.manual_seed(0)
-    assert assert_exact(Product(token_first=False), [data(), data(3, 1)]).rules["heads"] == "bmm"
-    assert "cannot tell" in assert_exact(Product(token_first=True), [data()]).fallback["heads"]
+    assert assert_exact(Product(token_first=False), [data(), data(3, 1)]).report.rules["heads"] == "bmm"
+    assert "cannot tell" in assert_exact(Product(token_first=True), [data()]).report.fallback["heads"]
 
 
 def test_batch_size_and_padding_do_not_matter_and_experts_without_tokens_score_zero():
@@ -192,9 +163,7 @@ def test_other_modes(mode):
     model = make(lambda: tf.MixtralForSequenceClassification(config))
     batch = ragged()
     batch["labels"] = torch.tensor([0, 1, 2, 0, 1])
-    scores = estimate_fisher(model, slices(batch, 3), mode=mode, progress=False)
-    assert not scores.report.fallback
-    assert_same(scores, batch_one_fisher(model, slices(batch, 3), mode=mode))
+    assert not assert_exact(model, slices(batch, 3), mode=mode).report.fallback
 
 
 def test_only_the_parameters_asked_for_are_scored():
@@ -321,12 +290,6 @@ def data(samples=5, length=6):
     return torch.randn(samples, length, WIDTH, generator=generator), torch.arange(samples) % CLASSES
 
 
-def assert_exact(model, batches, tolerance=1e-5):
-    scores = estimate_fisher(model, batches, progress=False)
-    assert_same(scores, batch_one_fisher(model, batches), tolerance)
-    return scores.report
-
-
 @pytest.mark.parametrize("has_gate", [False, True])
 @pytest.mark.parametrize("has_bias", [False, True])
 @pytest.mark.parametrize("is_transposed", [False, True])
@@ -335,32 +298,32 @@ def test_every_way_to_lay_out_experts(is_transposed, has_bias, has_gate):
     model = Net(Experts(is_transposed, has_bias, has_gate))
     for length in (1, 6):
         x, targets = data(length=length)
-        report = assert_exact(model, [(x[:3], targets[:3]), (x[3:], targets[3:])])
+        report = assert_exact(model, [(x[:3], targets[:3]), (x[3:], targets[3:])]).report
         assert not report.fallback
         assert report.rules["experts.down_proj"] == "experts"
 
 
 def test_a_norm_after_the_experts_falls_back_alone():
     torch.manual_seed(0)
-    report = assert_exact(Net(Experts(False, True, True, has_post_expert_norm=True)), [data()])
+    report = assert_exact(Net(Experts(False, True, True, has_post_expert_norm=True)), [data()]).report
     assert set(report.fallback) == {"experts.post_expert_norm.weight", "experts.post_expert_norm.bias"}
 
 
 def test_experts_used_twice_are_summed_within_a_sample():
     torch.manual_seed(0)
-    report = assert_exact(Net(Experts(False, True, True), times=2), [data()])
+    report = assert_exact(Net(Experts(False, True, True), times=2), [data()]).report
     assert not report.fallback
 
 
 def test_every_expert_chosen_by_every_token():
     torch.manual_seed(0)
-    assert not assert_exact(Net(Experts(True, True, True), choices=EXPERTS), [data()]).fallback
+    assert not assert_exact(Net(Experts(True, True, True), choices=EXPERTS), [data()]).report.fallback
 
 
 def test_tokens_that_do_not_lie_sample_after_sample_are_found_out():
     torch.manual_seed(0)
     model = Net(Experts(False, False, True), time_major=True)
-    report = assert_exact(model, [data()])
+    report = assert_exact(model, [data()]).report
     assert report.rules["experts.down_proj"] == report.rules["experts.gate_up_proj"] == "fallback"
     assert "cannot tell the samples apart" in report.fallback["experts.down_proj"]
 
@@ -391,12 +354,11 @@ def test_gradients_of_single_samples_at_chosen_entries():
     found = sample_gradients(model, slices(batch, 3), indices, progress=False)
     assert not found.report.fallback
     model.eval()
-    for n in range(5):
+    for n, one in enumerate(slices(batch, 1)):
         model.zero_grad()
-        model(**{key: value[n : n + 1] for key, value in batch.items()}).loss.backward()
-        for name, p in model.named_parameters():
-            if name in indices:
-                torch.testing.assert_close(found[name][n], p.grad.flatten()[::13], rtol=1e-4, atol=1e-6)
+        model(**one).loss.backward()
+        expected = {name: model.get_parameter(name).grad.flatten()[::13] for name in indices}
+        assert_same_gradients({name: rows[n] for name, rows in found.items()}, expected)
 
 
 class Largest(TorchDispatchMode):

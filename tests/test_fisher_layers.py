@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_exact
 from models import full_precision, one_thread  # noqa: F401
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from sparseft import testing
-from sparseft.fisher import batch_one_fisher, estimate_fisher
+from sparseft.fisher import estimate_fisher
 
 N, C, CLASSES = 5, 4, 3
 CONV = {"weight": "conv", "bias": "bias"}
@@ -92,17 +93,6 @@ def data(*size, samples=N, seed=0):
     return x, torch.randint(0, CLASSES, (samples,), generator=generator)
 
 
-def assert_exact(model, batches, tolerance=1e-5):
-    scores = estimate_fisher(model, batches, progress=False)
-    expected = batch_one_fisher(model, batches)
-    assert scores.keys() == expected.keys()
-    largest = max(float(value.max()) for value in expected.values())
-    for name, value in expected.items():
-        error = float((scores[name] - value).abs().max()) / max(float(value.max()), 1e-9 * largest)
-        assert error <= tolerance, f"{name}: error {error:.1e}"
-    return scores
-
-
 @pytest.mark.parametrize("device", testing.devices())
 @pytest.mark.parametrize("name", LAYERS)
 def test_layers_are_exact(name, device):
@@ -110,7 +100,7 @@ def test_layers_are_exact(name, device):
     model = around(layer, size).to(device)
     x, targets = data(C, *size)
     for batches in ([(x, targets)], [(x[:1], targets[:1]), (x[1:], targets[1:])]):
-        report = assert_exact(model, batches, 1e-5 if device == "cpu" else 1e-4).report
+        report = assert_exact(model, batches).report
         assert {f"1.{parameter}": rule for parameter, rule in rules.items()}.items() <= report.rules.items()
         assert set(report.fallback) == {parameter for parameter, rule in report.rules.items() if rule == "fallback"}
 

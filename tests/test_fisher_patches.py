@@ -5,6 +5,7 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_same, assert_same_gradients
 from models import full_precision, one_thread  # noqa: F401
 from test_fisher_capture import Largest
 from torch import nn
@@ -54,9 +55,9 @@ def test_patches_add_up_to_squared_gradients(size, kernel, rows, groups, uses, a
         grads = torch.stack([torch.autograd.grad(loss, weight, retain_graph=True)[0] for loss in losses])
         fisher = torch.ones(weight.shape, device=device)
         add(fisher, parts)
-        torch.testing.assert_close(fisher.double(), 1 + grads.square().sum(0), rtol=1e-4, atol=1e-4)
+        assert_same({"weight": fisher}, {"weight": 1 + grads.square().sum(0)})
         own = sum(part.gradient(2) for part in parts)
-        torch.testing.assert_close(own.double(), grads[2], rtol=1e-4, atol=1e-4)
+        assert_same_gradients({"weight": own}, {"weight": grads[2]})
         assert bool(parts[0].reaches().all())
         parts[0].image[:frames] = 0
         assert parts[0].reaches().tolist() == [False] + [True] * (N - 1)

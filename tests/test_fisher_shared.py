@@ -6,8 +6,9 @@ import weakref
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_exact, assert_same
 from models import one_thread  # noqa: F401
-from nets import C, H, N, Net, T, assert_exact, data, parameter
+from nets import C, H, N, Net, T, data, parameter
 from torch import nn
 
 from sparseft import testing
@@ -366,9 +367,8 @@ def test_other_lengths_and_chosen_entries_of_a_packed_weight(case):
     }
     found = sample_gradients(model, batches, chosen, progress=False)
     scores = estimate_fisher(model, batches, progress=False)
-    for name, index in chosen.items():
-        expected, largest = scores[name].flatten()[index], float(scores[name].max())
-        torch.testing.assert_close(found[name].square().mean(0), expected, rtol=1e-4, atol=1e-6 * largest)
+    expected = {name: scores[name].flatten()[index] for name, index in chosen.items()}
+    assert_same({name: rows.square().mean(0) for name, rows in found.items()}, expected)
 
 
 def test_the_expected_fisher_pulls_back_once_for_every_label():
@@ -384,8 +384,7 @@ def test_the_expected_fisher_pulls_back_once_for_every_label():
             F.cross_entropy(model(ids[n : n + 1]), torch.tensor([label])).backward()
             for name, p in model.named_parameters():
                 total[name] += probabilities[n, label] * p.grad**2 / N
-    for name, expected in total.items():
-        torch.testing.assert_close(scores[name], expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    assert_same(scores, total)
 
 
 def test_nothing_is_held_when_the_pass_is_over(monkeypatch):
@@ -445,6 +444,4 @@ def test_what_follows_an_uncaptured_first_operation_is_of_the_batch(net, slow):
     x, labels = torch.randn(6, 3, 10, generator=generator), torch.randint(0, C, (6,), generator=generator)
     scores = estimate_fisher(model, [(x[:4], labels[:4]), (x[4:], labels[4:])], progress=False)
     assert set(scores.report.fallback) == slow
-    single = batch_one_fisher(model, [(x, labels)])
-    for name, expected in single.items():
-        torch.testing.assert_close(scores[name], expected, rtol=1e-5, atol=1e-6 * float(expected.max()))
+    assert_same(scores, batch_one_fisher(model, [(x, labels)]))

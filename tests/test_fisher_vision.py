@@ -3,6 +3,7 @@
 import pytest
 import torch
 import transformers as tf
+from exactness import assert_same, own_loss_loop
 from models import full_precision, one_thread  # noqa: F401
 
 from sparseft import testing
@@ -89,32 +90,13 @@ def batch(name):
     }
 
 
-def own_loss_loop(model, batch):
-    """The oracle: the loss that transformers itself computes for a batch of one sample, nothing of sparseft."""
-    model.eval()
-    scores = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
-    for n in range(N):
-        model.zero_grad()
-        model(**{key: value[n : n + 1].to(model.device) for key, value in batch.items()}).loss.backward()
-        for name, parameter in model.named_parameters():
-            if parameter.grad is not None:
-                scores[name] += parameter.grad**2 / N
-    model.zero_grad()
-    return scores
-
-
 @pytest.mark.parametrize("device", testing.devices())
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_equals_the_loop_of_single_samples(name, device):
     model, samples = make(name).to(device), batch(name)
     scores = estimate_fisher(model, [samples], progress=False)
     expected = own_loss_loop(model, samples)
-    assert scores.keys() == expected.keys()
-    largest = max(float(value.max()) for value in expected.values())
-    for parameter, value in expected.items():
-        # a key's bias has a gradient that is zero but for rounding
-        error = float((scores[parameter] - value).abs().max()) / max(float(value.max()), 1e-9 * largest)
-        assert error <= (1e-5 if device == "cpu" else 1e-4), f"{parameter}: error {error:.1e}"
+    assert_same(scores, expected)
     rules = scores.report.rules
     assert set(scores.report.fallback) == FALLBACK.get(name, set())
     unused = {parameter for parameter, rule in rules.items() if rule == "unused"}
