@@ -90,6 +90,12 @@ def _t5(**options: object) -> nn.Module:
     return tf.T5ForConditionalGeneration(config)
 
 
+def _gemma() -> nn.Module:
+    # norms scale by 1 + weight; a head width of its own
+    config = tf.GemmaConfig(**_SMALL, **_WORDS, num_key_value_heads=2, head_dim=8, pad_token_id=0)
+    return tf.GemmaForCausalLM(config)
+
+
 def _gemma2() -> nn.Module:
     config = tf.Gemma2Config(
         **_SMALL, **_WORDS, num_key_value_heads=2, head_dim=8, pad_token_id=0, query_pre_attn_scalar=8
@@ -126,6 +132,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "deberta with projections": lambda: _deberta(share_att_key=False, norm_rel_ebd="none"),
     "t5": _t5,
     "t5 untied": lambda: _t5(tie_word_embeddings=False, feed_forward_proj="gated-gelu"),
+    "gemma": _gemma,
     "gemma2": _gemma2,
     "qwen3": _qwen3,
     "vit": _vit,
@@ -151,7 +158,7 @@ def full_precision(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
 
 
-CAUSAL = ("gpt2", "gpt2 eager", "llama", "llama tied", "gemma2", "qwen3")
+CAUSAL = ("gpt2", "gpt2 eager", "llama", "llama tied", "gemma", "gemma2", "qwen3")
 TOKEN_LEVEL = ("bert masked", "bert tokens", *CAUSAL)
 
 

@@ -6,6 +6,7 @@ import models
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_exact, assert_same, slices
 from models import one_thread  # noqa: F401
 from torch import nn
 
@@ -42,45 +43,11 @@ def test_the_two_token_reductions_are_two_estimates():
     count = int(one["labels"][:, 1:].ne(-100).sum())
     first = estimate_fisher(model, [one], progress=False)
     first_total = estimate_fisher(model, [one], token_reduction="sum", progress=False)
-    for name in mean:
-        expected = first[name] * count**2
-        torch.testing.assert_close(first_total[name], expected, rtol=1e-4, atol=1e-5 * float(expected.max()))
+    assert_same(first_total, {name: score * count**2 for name, score in first.items()})
     # samples weigh differently, so that the two do not even rank parameters alike
     name = "transformer.h.0.mlp.c_fc.weight"
     ratio = total[name] / mean[name]
     assert ratio.max() > 1.5 * ratio.min()
-
-
-def rows(batch, *parts):
-    return [{key: value[part] for key, value in batch.items()} for part in parts]
-
-
-def assert_scores(found, expected):
-    assert set(found) == set(expected)
-    for name, value in expected.items():
-        tolerance = 1e-5 * float(value.max()) + 1e-14
-        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
-
-
-@pytest.mark.parametrize("name", models.TOKEN_LEVEL)
-def test_tokens_may_be_squared_one_by_one(name):
-    model, batch = models.make(name), models.batch(name)
-    model.eval()
-    causal = name in CAUSAL
-    expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
-    for n in range(5):
-        one = rows(batch, slice(n, n + 1))[0]
-        labels = one.pop("labels")[0]
-        log_p = F.log_softmax(model(**one).logits[0], -1)
-        for t in range(causal, len(labels)):
-            if labels[t] != -100:
-                for key, square in squares(model, -log_p[t - causal, labels[t]]).items():
-                    expected[key] += square / 5
-    model.train()
-    scores = estimate_fisher(model, [batch], token_reduction="token", progress=False)
-    assert "each squared by itself" in str(scores.report)
-    assert_scores(scores, expected)
-    assert_scores(batch_one_fisher(model, [batch], token_reduction="token"), expected)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "token"])
@@ -90,9 +57,15 @@ def test_no_unit_depends_on_the_batch_size(name, reduction):
     batch["labels"][3] = -100  # a sample without a label counts, with a gradient of zero
     whole = estimate_fisher(model, [batch], token_reduction=reduction, progress=False)
     assert whole.report.samples == 5
-    for cuts in ([slice(0, 2), slice(2, 5)], [slice(n, n + 1) for n in range(5)]):
-        parts = estimate_fisher(model, rows(batch, *cuts), token_reduction=reduction, progress=False)
-        assert_scores(parts, whole)
+    for size in (1, 3):
+        assert_same(estimate_fisher(model, slices(batch, size), token_reduction=reduction, progress=False), whole)
+
+
+def test_the_report_says_what_was_squared():
+    model, batch = models.make("bert masked"), models.batch("bert masked")
+    report = estimate_fisher(model, [batch], label_smoothing=0.2, token_reduction="token", progress=False).report
+    assert "label smoothing 0.2" in report.loss
+    assert "each squared by itself" in str(report)
 
 
 def test_a_loss_of_ones_own_may_be_given_by_token():
@@ -104,7 +77,7 @@ def test_a_loss_of_ones_own_may_be_given_by_token():
 
     own = estimate_fisher(model, [batch], loss=by_token, token_reduction="token", progress=False)
     assert "by_token" in own.report.loss
-    assert_scores(own, estimate_fisher(model, [batch], token_reduction="token", progress=False))
+    assert_same(own, estimate_fisher(model, [batch], token_reduction="token", progress=False))
     with pytest.raises(ValueError, match=r"one value a token, shape \[1, T\]"):
         estimate_fisher(
             model, [batch], loss=lambda m, b: by_token(m, b).sum(1), token_reduction="token", progress=False
@@ -130,7 +103,7 @@ def test_decoders_are_fed_with_the_labels(kind, reduction):
     batch["labels"] = torch.randint(2, 20, (3, 6)).masked_fill(torch.arange(6) >= torch.tensor([[6], [3], [4]]), -100)
     model.eval()
     expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
-    for one in rows(batch, *(slice(n, n + 1) for n in range(3))):
+    for one in slices(batch, 1):
         out = model(**one)
         log_p = F.log_softmax(out.logits[0], -1)
         labelled = [t for t in range(6) if one["labels"][0, t] != -100]
@@ -138,26 +111,7 @@ def test_decoders_are_fed_with_the_labels(kind, reduction):
         for loss in losses:
             for key, square in squares(model, loss).items():
                 expected[key] += square / 3
-    assert_scores(estimate_fisher(model, [batch], token_reduction=reduction, progress=False), expected)
-
-
-@pytest.mark.parametrize("name", ["bert", "bert masked", "gpt2"])
-def test_label_smoothing_is_that_of_torch(name):
-    model, batch = models.make(name), models.batch(name)
-    model.eval()
-    expected = {key: torch.zeros_like(p) for key, p in model.named_parameters()}
-    for one in rows(batch, *(slice(n, n + 1) for n in range(5))):
-        labels = one.pop("labels")
-        logits = model(**one).logits
-        if name in CAUSAL:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), label_smoothing=0.2)
-        for key, square in squares(model, loss).items():
-            expected[key] += square / 5
-    smoothed = estimate_fisher(model, [batch], label_smoothing=0.2, progress=False)
-    assert "label smoothing 0.2" in smoothed.report.loss
-    assert_scores(smoothed, expected)
-    assert_scores(batch_one_fisher(model, [batch], label_smoothing=0.2), expected)
+    assert_same(estimate_fisher(model, [batch], token_reduction=reduction, progress=False), expected)
 
 
 def squares(model, loss):
@@ -202,7 +156,6 @@ def by_quadrature(logits):
 @pytest.mark.parametrize(
     ("name", "outcomes"),
     [
-        ("bert", by_class),
         ("llama classification", by_class),
         ("bert multilabel", by_label_set),
         ("bert regression", by_quadrature),
@@ -216,8 +169,7 @@ def test_expected_mode_is_the_exact_expectation(name, outcomes):
         estimate_fisher(model, [batch], mode="expected", progress=False),
         batch_one_fisher(model, [batch], mode="expected"),
     ):
-        for key, value in expected.items():
-            torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14, msg=key)
+        assert_same(scores, expected)
 
 
 def test_expected_mode_survives_certain_predictions():
@@ -238,8 +190,9 @@ def test_expected_mode_of_token_sequences_is_refused():
 @pytest.mark.parametrize("name", ["bert", "bert regression", "bert multilabel", "bert masked", "gpt2"])
 def test_draws_depend_on_the_seed_and_on_nothing_else(name):
     model, batch = models.make(name), models.batch(name)
-    batch.pop("labels")
-    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 2), slice(2, 5))]
+    halves = slices(batch, 3)
+    for data in (batch, *halves):
+        data.pop("labels")
 
     def scores(data, seed):
         return estimate_fisher(model, data, mode="sampled", seed=seed, progress=False)
@@ -247,8 +200,7 @@ def test_draws_depend_on_the_seed_and_on_nothing_else(name):
     first = scores([batch], 0)
     key = max(first, key=lambda each: float(first[each].max()))
     for other in (scores([batch], 0), scores(halves, 0), batch_one_fisher(model, [batch], mode="sampled", seed=0)):
-        for each, value in first.items():
-            torch.testing.assert_close(other[each], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14)
+        assert_same(other, first)
     assert not torch.allclose(scores([batch], 1)[key], first[key], rtol=1e-2, atol=0)
 
 
@@ -272,10 +224,7 @@ def test_a_loss_of_ones_own():
         logits = model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
         return F.cross_entropy(logits, batch["labels"], label_smoothing=0.1, reduction="none")
 
-    scores = estimate_fisher(model, [batch], loss=smoothed, progress=False)
-    assert not scores.report.fallback
-    for key, value in batch_one_fisher(model, [batch], loss=smoothed).items():
-        torch.testing.assert_close(scores[key], value, rtol=1e-4, atol=1e-5 * float(value.max()) + 1e-14)
+    assert not assert_exact(model, [batch], loss=smoothed).report.fallback
     with pytest.raises(ValueError, match="one value a sample"):
         estimate_fisher(model, [batch], loss=lambda m, b: smoothed(m, b).mean(), progress=False)
     with pytest.raises(ValueError, match="expected"):
@@ -293,11 +242,8 @@ def test_plain_modules_take_inputs_and_targets():
         (nn.Linear(5, 3), tokens, lambda y, t: F.cross_entropy(y.flatten(0, 1), t.flatten())),
     ]:
         scores = estimate_fisher(model, [(x, targets)], progress=False)
-        for n in range(6):
-            for key, square in squares(model, reference(model(x[n : n + 1]), targets[n : n + 1])).items():
-                scores[key] -= square / 6
-        for score in scores.values():
-            torch.testing.assert_close(score, torch.zeros_like(score), atol=1e-6, rtol=0)
+        singles = [squares(model, reference(model(x[n : n + 1]), targets[n : n + 1])) for n in range(6)]
+        assert_same(scores, {name: sum(single[name] for single in singles) / 6 for name in scores})
 
 
 def test_labels_of_the_wrong_shape_are_named():
