@@ -50,13 +50,20 @@ def test_adamw_over_many_blocks(generator, dtype, grad_dtype):
     testing.assert_matches_reference("adamw_", sparse.adamw_, adamw_sample(generator, dtype, grad_dtype))
 
 
-@pytest.mark.parametrize("op", ["adamw_", "fisher_linear_"])
+@pytest.mark.parametrize("op", ["adamw_", "fisher_linear_", "fisher_linears_", "fisher_segments_"])
 def test_results_do_not_depend_on_the_number_of_threads(generator, op):
     if op == "adamw_":
         sample = adamw_sample(generator, torch.bfloat16, torch.float16)
+    elif op == "fisher_segments_":
+        x, dy = (torch.randn(132, features, generator=generator) for features in (230, 200))
+        offsets, groups = torch.tensor([0, 40, 41, 90, 90, 132]), torch.tensor([1, 0, 0, 2, 1])
+        sample = testing.Sample("large", (torch.zeros(3, 200, 230), x, dy, offsets, groups))
     else:
         x, dy = (torch.randn(4, 33, features, generator=generator) for features in (530, 500))
-        sample = testing.Sample("large", (torch.zeros(500, 530), x, dy))
+        few, small = torch.randn(2, 4, 1, 30, generator=generator)
+        layers = ((torch.zeros(500, 530), x, dy), (torch.zeros(30, 30), few, small))
+        lists = tuple(list(tensors) for tensors in zip(*layers, strict=True))
+        sample = testing.Sample("large", lists if op == "fisher_linears_" else layers[0])
     many = testing.observe(op, getattr(sparse, op), sample)
     torch.set_num_threads(2)
     two = testing.observe(op, getattr(sparse, op), sample)

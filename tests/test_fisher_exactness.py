@@ -15,6 +15,7 @@ from exactness import assert_same, slices
 from models import one_thread  # noqa: F401
 from torch import nn
 
+from sparseft import ops
 from sparseft.fisher import batch_one_fisher, estimate_fisher
 
 SMOOTHING = 0.2
@@ -126,3 +127,22 @@ def test_every_parameter_is_exact(name, attention, kind):
     if kind != "sampled":
         # which labels are drawn is no business of plain autograd
         assert_same(scores, plain_autograd(model, batch, kind, name in CAUSAL))
+
+
+@pytest.mark.skipif(ops.SERVED_BY["fisher_linear_"]["cpu"] == "reference", reason="the C++ extension is not built")
+def test_sums_do_not_depend_on_the_number_of_threads():
+    """Bit for bit, given the same x and dy: the loss is linear, so that no product of torch has a say in either."""
+    torch.manual_seed(0)
+    model, x = nn.Linear(530, 500), torch.randn(12, 33, 530)
+    batches = [{"x": each, "dy": torch.randn(len(each), 33, 500)} for each in x.split(5)]
+
+    def loss(model, batch):
+        return (model(batch["x"]) * batch["dy"]).sum((1, 2))
+
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)  # one_thread puts back what was there
+        found.append(estimate_fisher(model, batches, loss=loss, progress=False))
+    assert_same(found[0], batch_one_fisher(model, batches, loss=loss))
+    for scores in found[1:]:
+        assert all(torch.equal(score, found[0][name]) for name, score in scores.items())
