@@ -1,5 +1,8 @@
 """Whole models: every parameter against single backward passes through the model's own loss."""
 
+import contextlib
+import importlib
+
 import models
 import pytest
 import torch
@@ -133,6 +136,25 @@ def test_verify_compares_and_names_what_differs(monkeypatch):
     monkeypatch.setattr(contribution, "add_lookups_", by_token)
     with pytest.raises(RuntimeError, match="word_embeddings"):
         verify(model, slices(batch, 3))
+
+
+@pytest.mark.parametrize("where", ["inside", "outside"])
+def test_verify_knows_of_autocast(where, monkeypatch):
+    model, batch = models.make("bert"), models.batch("bert")
+    cast = torch.autocast("cpu", torch.bfloat16)
+    if where == "inside":
+        model.forward = cast(model.forward)
+    with cast if where == "outside" else contextlib.nullcontext():
+        assert 1e-4 < max(verify(model, slices(batch, 3)).values()) < 0.02
+        # a score that is too large by a tenth is one of the model's errors, not of rounding
+        module = importlib.import_module("sparseft.fisher.verify")
+        monkeypatch.setattr(module, "batch_one_fisher", lambda *a, **o: wrong(batch_one_fisher(*a, **o)))
+        with pytest.raises(RuntimeError, match=r"1 of \d+ parameters .* more than 7\.8e-02: classifier.weight"):
+            verify(model, slices(batch, 3))
+
+
+def wrong(scores):
+    return {name: 1.1 * value if name == "classifier.weight" else value for name, value in scores.items()}
 
 
 def test_the_loop_equals_the_formula():

@@ -368,7 +368,7 @@ def test_autocast_inside_the_model_is_followed(name):
     largest = max(float(value.max()) for value in exact.values())
     for key, value in batch_one_fisher(model, [batch]).items():
         if value.max() > 1e-4 * largest:
-            assert (scores[key] - value).norm() < 0.1 * value.norm(), key
+            assert (scores[key] - value).norm() < 0.02 * value.norm(), key
     assert any(not torch.equal(scores[key], value) for key, value in exact.items())
 
 

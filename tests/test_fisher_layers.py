@@ -134,7 +134,7 @@ def test_autocast_is_followed(name):
     batch = data(C, *size)
     exact = estimate_fisher(model, [batch], progress=False)
     model.forward = torch.autocast("cpu", torch.bfloat16)(model.forward)
-    scores = assert_exact(model, [batch], 0.06)
+    scores = assert_exact(model, [batch], 0.02)
     assert scores.report.rules == exact.report.rules
     assert any(not torch.equal(scores[parameter], value) for parameter, value in exact.items())
 

@@ -1,5 +1,6 @@
 """Going on: scores saved and loaded, joined with those of more data, and a pass that survives being interrupted."""
 
+import contextlib
 import dataclasses
 import io
 import signal
@@ -140,6 +141,52 @@ def test_scores_of_something_else_are_refused(how, change, match, tmp_path):
     with pytest.raises(ValueError, match=match):
         scores(model, data(), **{how: path}, **options)
     assert not calls
+
+
+def cast(model, dtype, inside):
+    """Run a function of the model under autocast, which an outer or the model's own context switches on."""
+    context = torch.autocast("cpu", dtype, enabled=dtype is not None)
+    if inside and dtype is not None:
+        model.forward = context(model.forward)
+    return contextlib.nullcontext() if inside else context
+
+
+@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize("how", ["resume", "checkpoint"])
+@pytest.mark.parametrize(
+    ("before", "now", "match"),
+    [
+        (None, torch.bfloat16, "autocast was None, now 'bfloat16'"),
+        (torch.bfloat16, None, "autocast was 'bfloat16', now None"),
+        (torch.bfloat16, torch.float16, "autocast was 'bfloat16', now 'float16'"),
+    ],
+)
+def test_scores_under_another_autocast_are_refused(before, now, match, how, inside, tmp_path):
+    path, model = tmp_path / "scores", linear()
+    with cast(model, before, inside):
+        made = scores(model, data(), samples=8, checkpoint=path)
+    assert made.report.settings.get("autocast") == (None if before is None else "bfloat16")
+    assert ("autocast in bfloat16" in str(made.report)) == (before is not None)
+    file, model = path.read_bytes(), linear()
+    calls = counted(model)
+    with cast(model, now, inside), pytest.raises(ValueError, match=match) as raised:
+        scores(model, data(), **{how: path}, checkpoint_seconds=0)
+    # it shows in the first batch
+    assert sum(calls) <= 7
+    assert raised.value.__context__ is None
+    assert path.read_bytes() == file
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_scores_under_the_same_autocast_are_joined(inside, tmp_path):
+    path, model = tmp_path / "scores", linear()
+    with cast(model, torch.bfloat16, inside):
+        whole = scores(model, data())
+        scores(model, data(), samples=8, checkpoint=path)
+        # the second time nothing is left to run
+        for _ in range(2):
+            assert_same(scores(model, data(), checkpoint=path), whole)
+            assert FisherScores.load(path).report.settings["autocast"] == "bfloat16"
 
 
 def test_another_seed_is_refused_where_it_matters():

@@ -104,6 +104,7 @@ class Capture(TorchFunctionMode):
         self.samples = samples
         self.uses: list[Use] = []
         self.rows_chosen = False  # an operation chose rows by their values
+        self.autocast: torch.dtype | None = None  # of the model, while it ran
         self.repeated = False  # a parameter was repeated for every sample: whose copy goes where, the loss cannot tell
         self.emit: Callable[[Use, Contribution], None]
         # every captured operation depends on it, so that backward reaches those whose inputs need no gradient
@@ -116,6 +117,7 @@ class Capture(TorchFunctionMode):
         self._origin = Origin(Source.DATA, frozenset())
         self._claimed: list[Use] = []
         self._entered = 0
+        self._device = next(iter(parameters.values())).device.type
         self.stop()
 
     def __torch_function__(
@@ -127,6 +129,9 @@ class Capture(TorchFunctionMode):
         # without grad mode nothing is recorded for backward, in an ordinary pass as little as here
         if not torch.is_grad_enabled():
             return func(*args, **kwargs)
+        # it may be on inside the model alone
+        if torch.is_autocast_enabled(self._device):
+            self.autocast = torch.get_autocast_dtype(self._device)
         if func in composite.COMPOSITES:
             with self:
                 return composite.body(func)(*args, **kwargs)

@@ -118,7 +118,7 @@ class ColumnPass:
         self.report = FisherReport(
             str(objective.settings["mode"]),
             aliases=other_names(self._model, self._parameters),
-            settings=objective.settings,
+            settings=dict(objective.settings),
         )
         self._run = OnePass(self._model, objective, self._parameters, self.report)
         device = next(self._model.parameters()).device

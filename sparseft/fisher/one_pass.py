@@ -48,7 +48,7 @@ class OnePass:
         model: in evaluation mode, with gradients for the parameters alone.
         objective: what is differentiated.
         parameters: those whose per-sample gradients are wanted, by name.
-        report: where fallbacks are noted.
+        report: where fallbacks are noted, and the dtype of autocast.
     """
 
     def __init__(
@@ -78,6 +78,8 @@ class OnePass:
         with capture:
             capture.shared.feed(batch)
             pullback = self._objective(self._model, batch, positions)
+        if capture.autocast is not None:
+            self._report.settings["autocast"] = str(capture.autocast).removeprefix("torch.")
         finite = pullback.finite()
         if not bool(finite.all()):
             del pullback

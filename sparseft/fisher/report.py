@@ -31,7 +31,7 @@ class FisherReport:
             "fallback" (autograd, one sample at a time), or "unused" (the loss does not depend on it).
         fallback: parameter name -> why no rule could serve it.
         aliases: name of a tied parameter -> its other names.
-        settings: the options that the scores depend on.
+        settings: the options that the scores depend on; "autocast" is among them where it was on: its dtype.
         fingerprint: of the model's weights and buffers.
         data: checksum of the samples seen; 0 unless the pass kept a checkpoint.
     """
@@ -66,6 +66,8 @@ class FisherReport:
             f"loss of a sample: {self.loss}",
             "parameters: " + ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items())),
         ]
+        if "autocast" in self.settings:
+            lines.append(f"run under autocast in {self.settings['autocast']}")
         if self.dropped:
             lines.append(f"dropped as not finite: {len(self.dropped)} samples, at {few(self.dropped)}")
         lines += [f"one sample at a time: {name} ({reason})" for name, reason in self.fallback.items()]

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from sparseft.fisher.batches import Batch, size, take, tensors
 from sparseft.fisher.report import FisherReport, FisherScores
 
+_Settings = Mapping[str, str | float]
+
 
 class Continuation:
     """What a pass goes on from, if anything, and where it saves how far it came.
@@ -47,6 +49,7 @@ class Continuation:
         if self._path is not None and not self._path.parent.is_dir():
             raise ValueError(f"the folder of the checkpoint {self._path} must be there before the pass; create it")
         self._seconds, self._saved_at = seconds, time.monotonic()
+        self._report = report
         self._checksum = self._next = 0  # of the samples before the batch under way, and with it
         found = self._path if self._path is not None and self._path.exists() else resume
         self._earlier = found if found is None or isinstance(found, FisherScores) else FisherScores.load(found)
@@ -77,6 +80,17 @@ class Continuation:
             self._check_data()
         self._next = _checksum(batch, range(known, len(positions)), self._next)
         return (take(batch, range(known, len(positions))) if known else batch), positions[known:]
+
+    def check_settings(self) -> None:
+        """Raise if a batch showed that the scores are not made as the earlier ones were."""
+        _check_unchanged(self.changed())
+
+    def changed(self) -> list[str]:
+        """Return what differs from the earlier scores' settings, once a batch has shown whether autocast is on."""
+        if self._earlier is None:
+            return []
+        before, now = self._earlier.report.settings, self._report.settings
+        return _changed(before, now, {**before, **now})
 
     def done(self) -> None:
         """Count the batch under way among the samples that a checkpoint holds."""
@@ -143,13 +157,8 @@ def _checksum(batch: Batch, samples: Iterable[int], start: int) -> int:
 
 
 def _check_same(earlier: FisherScores, parameters: Mapping[str, Tensor], report: FisherReport) -> None:
-    before, now = earlier.report.settings, report.settings
-    changed = [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in now if before.get(key) != now[key]]
-    if changed:
-        raise ValueError(
-            f"earlier scores must be made with the same options to go on from: {', '.join(changed)}; "
-            "start anew, or give them back their values"
-        )
+    # whether autocast is on, the first batch shows
+    _check_unchanged(_changed(earlier.report.settings, report.settings, report.settings))
     shapes = {name: parameter.shape for name, parameter in parameters.items()}
     others = sorted({*shapes, *earlier} - {name for name in earlier if shapes.get(name) == earlier[name].shape})
     if others:
@@ -161,6 +170,18 @@ def _check_same(earlier: FisherScores, parameters: Mapping[str, Tensor], report:
         raise ValueError(
             f"earlier scores must be of the same weights to go on from: their fingerprint was "
             f"{earlier.report.fingerprint}, the model's is {report.fingerprint}; load the weights they were made with"
+        )
+
+
+def _changed(before: _Settings, now: _Settings, keys: Iterable[str]) -> list[str]:
+    return [f"{key} was {before.get(key)!r}, now {now.get(key)!r}" for key in keys if before.get(key) != now.get(key)]
+
+
+def _check_unchanged(changed: list[str]) -> None:
+    if changed:
+        raise ValueError(
+            f"earlier scores must be made with the same options to go on from: {', '.join(changed)}; "
+            "start anew, or give them back their values"
         )
 
 
@@ -182,7 +203,8 @@ def _mean(earlier: FisherScores, scores: FisherScores) -> FisherScores:
         {name: _both(before.rules[name], rule) for name, rule in now.rules.items()},
         {**before.fallback, **now.fallback},
         now.aliases,
-        now.settings,
+        # where nothing was left to run, only the earlier ones tell of autocast
+        {**before.settings, **now.settings},
         now.fingerprint,
         now.data,
     )

@@ -33,7 +33,8 @@ def verify(
         model: that of `estimate_fisher`.
         data: that of `estimate_fisher`.
         samples: how many samples to compare.
-        tolerance: the largest error allowed; by default 1e-4, and ten units of rounding in half precision.
+        tolerance: the largest error allowed; by default 1e-4, and ten units of rounding in half precision, also where
+            it is autocast that computes in it.
         options: the arguments of `estimate_fisher` that say what is scored: mode, loss, names and the like.
 
     Returns:
@@ -47,7 +48,10 @@ def verify(
     batches = [turned.back(batch) for batch, _ in limited(data, samples, turned.first)]
     fused = estimate_fisher(model, batches, samples=samples, progress=False, **options)
     plain = batch_one_fisher(model, batches, samples=samples, **options)
-    eps = max(torch.finfo(parameters[name].dtype).eps for name in plain)
+    dtypes = [parameters[name].dtype for name in plain]
+    if "autocast" in fused.report.settings:
+        dtypes.append(getattr(torch, str(fused.report.settings["autocast"])))
+    eps = max(torch.finfo(dtype).eps for dtype in dtypes)
     tolerance = max(1e-4, 10 * eps) if tolerance is None else tolerance
     floor = min(1e4 * eps**2, 1e-3) * max(float(scores.max()) for scores in plain.values())
     errors = {
