@@ -338,6 +338,45 @@ def test_a_model_that_runs_single_samples_only_says_what_is_missing():
 X, Y = torch.randn(5, 4), torch.randint(0, 3, (5,))
 
 
+def second_only(model, batch):
+    return model(batch[0])[:1, 0]
+
+
+@pytest.mark.parametrize(
+    ("model", "batch", "options", "match"),
+    [
+        (nn.Embedding(5, 3, max_norm=1.0), (Y, Y), {}, r"^embedding 'weight' must not use max_norm"),
+        # both show with a second sample only
+        (nn.Linear(4, 3), (X, torch.tensor([3, 0, 0, 0, 0])), {}, "^labels must be classes from 0 to 2"),
+        (nn.Linear(4, 3), (X, Y), {"loss": second_only}, r"^loss must return one value a sample, shape \[2\]"),
+    ],
+)
+def test_what_is_refused_is_not_blamed_on_the_model(model, batch, options, match):
+    with pytest.raises(ValueError, match=match) as raised:
+        estimate_fisher(model, [batch], progress=False, **options)
+    assert "pad_token_id" not in str(raised.value)
+
+
+class TimeMajor(nn.Module):
+    """Takes ids [T, N] and returns logits [T, N, 3] that depend on all of a sample's ids."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.rnn, self.last = nn.Embedding(9, 4), nn.RNN(4, 4), nn.Linear(4, 3)
+
+    def forward(self, ids):
+        return self.last(self.rnn(self.embed(ids))[0])
+
+
+def test_a_batch_that_is_not_first_is_named():
+    torch.manual_seed(0)
+    ids, labels = torch.randint(0, 9, (7, 6)), torch.randint(0, 3, (7, 6))
+    with pytest.raises(ValueError, match="batch_dim"):
+        estimate_fisher(TimeMajor(), [(ids, labels)], progress=False)
+    with pytest.warns(UserWarning, match="4 of 7 parameters"):
+        assert estimate_fisher(TimeMajor(), [(ids, labels)], progress=False, batch_dim=1).report.samples == 6
+
+
 @pytest.mark.parametrize(
     ("data", "options", "error", "match"),
     [

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.fisher.elementwise import per_sample
+from sparseft.fisher.refusal import Refusal
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -138,7 +139,7 @@ def _batch_norm(
 ) -> Tensor | None:
     if training:
         if input.numel() == input.shape[1]:
-            raise ValueError(
+            raise Refusal(
                 "batch norm must use its running statistics, got one value a channel to take statistics of: with them "
                 "the loss of a sample depends on the other samples of its batch; construct it with "
                 "track_running_stats=True, or use a norm without batch statistics"

@@ -113,5 +113,6 @@ def coupled(what: str) -> ValueError:
     return ValueError(
         f"the loss of a sample must depend on that sample alone, but {what} with the other samples of its batch; "
         "losses across a batch (in-batch negatives, the balancing loss of a router), batch norm with the statistics "
-        "of the batch and randomness in evaluation mode have no per-sample gradient"
+        "of the batch and randomness in evaluation mode have no per-sample gradient; if samples are not the first "
+        "dimension of the batch's tensors, name theirs with `batch_dim`"
     )

@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseft.fisher.refusal import Refusal
+
 
 def square_root(kind: str, logits: Tensor) -> list[Tensor]:
     """Return cotangents r_j with sum_j r_j r_j^T = E[s s^T], s = d(-log p(y)) / d(logits), y drawn from the model.
@@ -23,7 +25,7 @@ def square_root(kind: str, logits: Tensor) -> list[Tensor]:
         return _one_by_one((p * (1 - p)).sqrt())
     if kind == "regression":
         return _one_by_one(torch.ones_like(logits))
-    raise ValueError(
+    raise Refusal(
         'mode "expected" is for classification and regression heads: with a label at every token it would take a '
         'backward pass for every token and class; use mode="sampled"'
     )

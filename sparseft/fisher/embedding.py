@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.fisher.contribution import Lookup
+from sparseft.fisher.refusal import Refusal
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -55,7 +56,7 @@ def _embedding(
         return None
     if max_norm is not None or scale_grad_by_freq:
         option = "max_norm" if max_norm is not None else "scale_grad_by_freq"
-        raise ValueError(
+        raise Refusal(
             f"embedding {use.name!r} must not use {option}: its gradient is then not that of the loss of one sample; "
             "switch it off, or leave the parameter out with `names`"
         )

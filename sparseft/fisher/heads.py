@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sparseft.fisher.refusal import Refusal
+
 # what the head of a transformers model predicts, by what its class is called
 _HEADS = {
     "ForSequenceClassification": "sequence",
@@ -39,7 +41,7 @@ def logits_of(model: nn.Module, inputs: Any, labels: Tensor | None) -> Tensor:
     outputs = outputs_of(model, inputs, labels)
     logits = getattr(outputs, "logits", outputs)
     if not isinstance(logits, Tensor):
-        raise ValueError(
+        raise Refusal(
             f"the model must return logits (a tensor, or an output with .logits), got {type(logits).__name__}; "
             "pass `loss`, a function of (model, batch) that returns one loss a sample"
         )
@@ -58,7 +60,7 @@ def kind_of(model: nn.Module, logits: Tensor, labels: Tensor | None) -> str:
         return head
     classes = _classes(inner)
     if "PreTrainedModel" in classes:
-        raise ValueError(
+        raise Refusal(
             f"no loss is known for {classes[0]}; pass `loss`, a function of (model, batch) that returns one loss "
             "a sample"
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from sparseft.fisher import distribution
 from sparseft.fisher.batches import Batch, size
 from sparseft.fisher.heads import kind_of, logits_of
+from sparseft.fisher.refusal import Refusal
 from sparseft.fisher.sample_dim import SampleDim
 
 Mode = Literal["empirical", "expected", "sampled"]
@@ -97,7 +98,7 @@ class Objective:
             return _by_token(losses, torch.ones_like(losses, dtype=torch.bool)) if by_token else _all_at_once(losses)
         inputs, labels = inputs_and_labels(batch)
         if labels is None and self._mode == "empirical":
-            raise ValueError(
+            raise Refusal(
                 'every batch must hold labels ("labels" in a mapping, or (inputs, targets)), got a batch without; '
                 'add them; estimate_fisher and method "fish" need none with mode="expected" or "sampled"'
             )
@@ -109,7 +110,7 @@ class Objective:
         if self._mode == "sampled":
             labels = distribution.draw(kind, logits.detach(), inputs, labels, positions, self._seed)
         if labels is None:
-            raise ValueError("every batch must hold labels")
+            raise Refusal("every batch must hold labels")
         return self._pullback(kind, logits, labels)
 
     def _logits(self, model: nn.Module, batch: Batch, labels: Tensor | None) -> Tensor:
@@ -118,7 +119,7 @@ class Objective:
         if labels is not None:
             logits = logits.movedim(self._samples.of("labels" if isinstance(batch, Mapping) else "1", labels), 0)
         if logits.shape[0] != size(batch):
-            raise ValueError(
+            raise Refusal(
                 f"logits must have the {size(batch)} samples first, got shape {list(logits.shape)}; name the sample "
                 "dimension of inputs and labels with `batch_dim`, or pass `loss`"
             )
@@ -136,7 +137,7 @@ class Objective:
             targets = _checked_classes(labels.reshape(len(logits)), logits)
             return _all_at_once(F.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing))
         if self._smoothing:
-            raise ValueError(f"label_smoothing is for cross-entropy over classes, got a {kind} head; leave it out")
+            raise Refusal(f"label_smoothing is for cross-entropy over classes, got a {kind} head; leave it out")
         return _all_at_once(_output_losses(kind, logits, labels, likelihood=self._mode == "sampled"))
 
     def _describe(self, kind: str) -> str:
@@ -199,9 +200,7 @@ def _checked(losses: Any, samples: int, by_token: bool) -> Tensor:
         got = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses).__name__
         wanted = f"one value a token, shape [{samples}, T]" if by_token else f"one value a sample, shape [{samples}]"
         summed = "" if by_token else ", summed within each sample"
-        raise ValueError(
-            f'loss must return {wanted}, got {got}; return the losses unreduced (reduction="none"){summed}'
-        )
+        raise Refusal(f'loss must return {wanted}, got {got}; return the losses unreduced (reduction="none"){summed}')
     return losses  # type: ignore[no-any-return]
 
 
@@ -211,9 +210,7 @@ def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor | None]:
         return {key: value for key, value in batch.items() if key != "labels"}, batch.get("labels")
     if isinstance(batch, (tuple, list)):
         if len(batch) not in (1, 2):
-            raise ValueError(
-                f"a batch must be (inputs, targets), got {len(batch)} parts; use a mapping, or pass `loss`"
-            )
+            raise Refusal(f"a batch must be (inputs, targets), got {len(batch)} parts; use a mapping, or pass `loss`")
         return batch[0], batch[1] if len(batch) == 2 else None
     return batch, None
 
@@ -221,7 +218,7 @@ def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor | None]:
 def _output_losses(kind: str, logits: Tensor, labels: Tensor, likelihood: bool) -> Tensor:
     """Return the loss of each sample over its outputs, fp32 [N]; likelihood: a sum of log-likelihoods, not a mean."""
     if labels.numel() != logits.numel():
-        raise ValueError(
+        raise Refusal(
             f"labels must have one value an output, shape {list(logits.shape)}, got {list(labels.shape)}; "
             "check num_labels and problem_type"
         )
@@ -238,7 +235,7 @@ def _checked_classes(targets: Tensor, logits: Tensor) -> Tensor:
     low, high = int(targets.min()), int(targets.max())
     classes = logits.shape[-1]
     if (low < 0 and low != -100) or high >= classes:
-        raise ValueError(
+        raise Refusal(
             f"labels must be classes from 0 to {classes - 1}, or -100 to ignore one, got {low if low < 0 else high}; "
             "check num_labels and the labels"
         )
@@ -248,7 +245,7 @@ def _checked_classes(targets: Tensor, logits: Tensor) -> Tensor:
 def _token_losses(kind: str, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Return the loss of every token, fp32 [N, T], 0 where it has no label, and which have one, bool [N, T]."""
     if labels.shape != logits.shape[:-1]:
-        raise ValueError(
+        raise Refusal(
             f"labels must have one class a token, shape {list(logits.shape[:-1])}, got {list(labels.shape)}; "
             "check the head and the labels, or pass `loss`"
         )

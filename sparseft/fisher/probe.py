@@ -24,6 +24,7 @@ from sparseft.fisher.fan_out import FanOut
 from sparseft.fisher.layout import Layout, fits
 from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.patches import Patches
+from sparseft.fisher.refusal import Refusal
 from sparseft.fisher.shared import Source
 from sparseft.fisher.tally import mixed
 
@@ -196,6 +197,8 @@ class _Probing:
         capture = Capture(self.parameters, candidates, _LARGE)
         try:
             outputs = self._run(large, capture, strict)
+        except Refusal:
+            raise
         except _MISFIT as error:
             raise ValueError(
                 f"the model must run on a batch of {_LARGE} samples, which shows where the samples lie, but it "
