@@ -99,6 +99,20 @@ def test_every_method_is_named():
         assert f"| `{name}` |" in (ROOT / "docs" / "methods.md").read_text()
 
 
+def test_a_search_is_printed_and_drawn(run):
+    pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sparseft[plot]'")
+    found = run("docs/methods.md", 1, 2)
+    path, mask = found["path"], found["mask"]
+    assert sparseft.Mask.load("ird.safetensors") == mask
+    start, chosen = path.cells[0], path.cells[path.chosen]
+    assert (start.samples, start.parameters) == (24, int(0.005 * mask.n))
+    assert mask.k == chosen.parameters <= start.parameters
+    assert len(mask.info["held_out"]) == 12
+    assert all(cell.figure is not None for cell in path.cells)
+    assert len(str(path).splitlines()) == len(path.cells) + 3
+    assert Path("ird.png").stat().st_size > 10_000
+
+
 def test_design_spaces_are_applied_and_searched(run):
     pytest.importorskip("peft", reason="LoRA and prefixes need peft: pip install 'sparseft[peft]'")
     pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install 'sparseft[plot]'")
