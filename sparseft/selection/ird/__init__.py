@@ -101,6 +101,7 @@ def search(
         "samples": path.cells[path.chosen].samples,
         "dropped": dropped,
         "fallback": fallback,
+        "capped": found.capped,
         "held_out": held_out.positions,
         "path": path.plain(),
     }

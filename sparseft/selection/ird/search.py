@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseft.selection.ird.options import Options
 from sparseft.selection.ird.path import Cell
-from sparseft.selection.ird.ranking import best_entries, best_samples, caps, halved
+from sparseft.selection.ird.ranking import best_entries, best_samples, capped, halved
 from sparseft.selection.ird.store import Store
 
 # samples, entries -> the entries' sums over the samples, fp32 [k], and the samples' sums over the entries
@@ -34,18 +34,21 @@ class Point:
         number: of its cell, once it has one.
     """
 
-    def __init__(self, samples: tuple[int, ...], entries: Tensor, measure: Measure) -> None:
+    def __init__(
+        self, samples: tuple[int, ...], entries: Tensor, measure: Measure, scores: dict[int, float] | None = None
+    ) -> None:
         self.samples, self.entries, self.number = samples, entries, -1
         self._measure = measure
         self._sums: Tensor | None = None
-        self._scores: dict[int, float] | None = None
+        self._scores = scores
         self._fewer: Point | None = None
 
     @property
     def sums(self) -> Tensor:
         """The entries' sums of squared gradients over the samples, fp32."""
         if self._sums is None:
-            self._sums, self._scores = self._measure(self.samples, self.entries)
+            self._sums, scores = self._measure(self.samples, self.entries)
+            self._scores = scores if self._scores is None else self._scores
         return self._sums
 
     @property
@@ -114,6 +117,7 @@ class Search:
     Attributes:
         cells: those looked at.
         entries: of each cell.
+        capped: positions of the samples that influence_cap scaled down, ascending.
     """
 
     def __init__(self, space: Space, options: Options) -> None:
@@ -123,14 +127,16 @@ class Search:
         self._last = 0
         self.cells: list[Cell] = []
         self.entries: list[Tensor] = []
+        self.capped: list[int] = []
 
     def run(self, samples: list[int], entries: Tensor) -> None:
         """Search from here; mark the chosen cell."""
         start = Point(tuple(samples), entries, self._measure)
-        self._weights = caps(start.scores, self._options.influence_cap)
+        self._weights, scores = capped(start.scores, self._options.influence_cap)
+        self.capped = sorted(self._weights)
         if self._weights:
-            start = Point(tuple(samples), entries, self._measure)
-        start.samples = tuple(sorted(start.scores))
+            start = Point(tuple(samples), entries, self._measure, scores)
+        start.samples = tuple(sorted(scores))
         self._start, self._mass = start, start.mass
         if not self._mass:
             raise ValueError("every gradient is zero: no entry is better than another; check the loss and the labels")
@@ -204,7 +210,9 @@ class Search:
         if self._space.fixed is not None:
             scores = {position: self._weights.get(position, 1.0) * s for position, s in self._space.fixed.items()}
         else:
-            scores = (point if self._options.rescore else self._start).scores
+            # at the entries of the start the figures are the same, but that there those of capped samples are equal
+            known = not self._options.rescore or torch.equal(point.entries, self._start.entries)
+            scores = (self._start if known else point).scores
         scores = {position: scores[position] for position in point.samples}
         if self._space.lengths is not None:
             scores = {position: score / self._space.lengths[position] for position, score in scores.items()}
