@@ -9,7 +9,6 @@ from models import one_thread  # noqa: F401
 from nets import C, H, Net, T, data, parameter
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from sparseft.fisher import batch_one_fisher, estimate_fisher
 
@@ -329,19 +328,6 @@ def test_sparse_embedding_gradients_are_exact():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(11, C, sparse=True), nn.Flatten(), nn.Linear(T * C, C))
     assert_exact(model, [data()])
-
-
-class Checkpointed(Net):
-    def odd(self, x):
-        return checkpoint(self.lin, x, use_reentrant=self.reentrant)
-
-
-@pytest.mark.parametrize("reentrant", [True, False])
-def test_checkpoints_outside_of_training_are_refused_not_miscounted(reentrant):
-    model = Checkpointed(lin=nn.Linear(H, H))
-    model.reentrant = reentrant
-    with pytest.raises(RuntimeError, match="activation checkpointing must be off"):
-        estimate_fisher(model, [data()], progress=False)
 
 
 def test_compiled_models_are_scored_uncompiled():

@@ -9,6 +9,7 @@ completeness (`escaped`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,7 +34,9 @@ from sparseft.fisher import layout as layouts
 from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.fan_out import FanOut, outlets
 from sparseft.fisher.layout import Layout, Rows
+from sparseft.fisher.nest import tensors
 from sparseft.fisher.shared import Origin, Shared, Source, mark, marks
+from sparseft.fisher.transcript import Transcript
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **linear.RULES,
@@ -116,6 +119,7 @@ class Capture(TorchFunctionMode):
         self._occurrences: dict[str, int] = {}
         self._origin = Origin(Source.DATA, frozenset())
         self._claimed: list[Use] = []
+        self._transcript: Transcript | None = None  # in a region
         self._entered = 0
         self._device = next(iter(parameters.values())).device.type
         self.stop()
@@ -135,6 +139,18 @@ class Capture(TorchFunctionMode):
         if func in composite.COMPOSITES:
             with self:
                 return composite.body(func)(*args, **kwargs)
+        if self._transcript is None:
+            return self._operate(func, args, kwargs)
+        given = tensors((args, kwargs))
+        self.shared.know(given, self._transcript.known(func))
+        facts = self.shared.facts(given)
+        result = self._operate(func, args, kwargs)
+        # what looks at tensors, or computes without a gradient, need not be the same each time
+        if any(tensor.requires_grad for tensor in tensors(result)):
+            self._transcript.pass_over(func, facts)
+        return result
+
+    def _operate(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._claimed = []
         if func in _LAYERS and args and self.knows(args[0]):
             args = (self.shared.data(args[0]), *args[1:])
@@ -156,6 +172,39 @@ class Capture(TorchFunctionMode):
         self._entered -= 1
         if not self._entered:
             self.shared.close()
+
+    @contextmanager
+    def region(self) -> Iterator[Callable[[], Capture]]:
+        """Enter a region that will run again; yield what makes a capture for each time that it does.
+
+        Such a capture decides as this one did, and what it captures counts nowhere.
+        """
+        outer = self._transcript
+        self._transcript = Transcript() if outer is None else outer
+        reading = self._transcript.here()
+        occurrences, shared, rows_chosen = dict(self._occurrences), self.shared.occurrences(), self.rows_chosen
+
+        def again() -> Capture:
+            capture = Capture(self._parameters, self.policy, self.samples)
+            capture._known = dict(self._known)
+            capture._occurrences, capture.rows_chosen = dict(occurrences), rows_chosen
+            capture.shared.start_at(shared)
+            capture._transcript = reading()
+            return capture
+
+        try:
+            yield again
+        finally:
+            self._transcript = outer
+
+    def kept(self) -> AbstractContextManager[Any]:
+        """Return a context in which a region's operations save tensors for good.
+
+        For what all samples share: it is small, and is pulled back through once a sample.
+        """
+        if self._transcript is None:
+            return nullcontext()
+        return torch.autograd.graph.saved_tensors_hooks(_itself, _itself)
 
     def knows(self, tensor: Any) -> bool:
         """Return whether a tensor is a scored parameter or holds the entries of one."""
@@ -222,8 +271,10 @@ class Capture(TorchFunctionMode):
 
     def run(self, function: type[torch.autograd.Function], *args: Any) -> Tensor:
         """Apply a captured operation."""
-        result: Tensor = function.apply(self, self.anchor, *args)
-        mark(result, [use for use in self._claimed if use.layout is Layout.ALONE])
+        alone = [use for use in self._claimed if use.layout is Layout.ALONE]
+        with self.kept() if alone else nullcontext():
+            result: Tensor = function.apply(self, self.anchor, *args)
+        mark(result, alone)
         return result
 
     def sealed(self, tensor: Tensor, use: Use | None) -> Tensor:
@@ -271,6 +322,10 @@ class Capture(TorchFunctionMode):
                 found[known.name] = f"no rule captures its use in {node.name()}"
         self.uses = [use for use in self.uses if use.layout is not Layout.ALONE or use in reached]
         return found
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _edges(roots: Sequence[Any]) -> Iterator[tuple[Any, Any]]:

@@ -14,9 +14,10 @@ from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
+from sparseft.fisher.recomputation import recomputation
 from sparseft.fisher.report import FisherReport, warn_of_fallback
 from sparseft.fisher.sample_dim import SampleDim
-from sparseft.fisher.state import evaluation, without_recomputation
+from sparseft.fisher.state import evaluation
 from sparseft.mask import check_indices
 
 
@@ -142,7 +143,7 @@ class ColumnPass:
         used: list[int] = []
         dropped: list[int] = []
         bar = tqdm(desc="Per-sample gradients", unit="sample", delay=2, disable=not progress)
-        with evaluation(self._model, self._parameters), without_recomputation(), bar:
+        with evaluation(self._model, self._parameters), recomputation(self._model), bar:
             for batch, positions in batches:
                 self._sink.start(positions)
                 self._sink.drop(self._run.add(self._sink, batch, positions))

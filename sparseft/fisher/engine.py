@@ -16,10 +16,11 @@ from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Loss, Mode, Objective, Reduction
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import other_names, scored_parameters, unwrapped
+from sparseft.fisher.recomputation import recomputation
 from sparseft.fisher.report import FisherReport, FisherScores, few, warn_of_fallback
 from sparseft.fisher.resume import Continuation, fingerprint
 from sparseft.fisher.sample_dim import SampleDim
-from sparseft.fisher.state import evaluation, without_recomputation
+from sparseft.fisher.state import evaluation
 from sparseft.fisher.tally import Squares
 
 
@@ -48,7 +49,8 @@ def estimate_fisher(
     memory is that of a forward and backward pass plus the result, and at most as much as the result again: batches
     are kept, in case a sample's gradient turns out not to be finite, until they take more than it; then a second copy
     of the sums takes their place, as it does when there was such a sample. A checkpoint takes one more copy while it
-    is written.
+    is written. Activation checkpointing is followed, with `use_reentrant=False`; layers of transformers that are
+    checkpointed in training are checkpointed here too.
 
     Under autocast, around the call or inside the model, products are rounded as it rounds them, and scores are fp32
     sums. In bf16 they then agree with those of single samples, run one by one under the same autocast, to 2 % of a
@@ -97,6 +99,8 @@ def estimate_fisher(
     Raises:
         ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; too few
             samples with a finite gradient; names that are not the model's; earlier scores of something else.
+        RuntimeError: activation checkpointing that cannot be followed: reentrant, or of regions that do something else
+            when they run again.
     """
     if samples is not None and samples < 1:
         raise ValueError(f"samples must be at least 1, or None for all, got {samples}")
@@ -123,7 +127,7 @@ def estimate_fisher(
     with Interrupts(active=past.saves) as interrupts:
         with (
             evaluation(model, parameters),
-            without_recomputation(),
+            recomputation(model),
             _rescued(ledger, past, save),
             _bar(data, samples, past.skipped, progress) as bar,
         ):

@@ -14,7 +14,8 @@ no path to the parameters goes round a fan-out.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any
@@ -29,6 +30,7 @@ from sparseft.fisher.fan_out import FanOut, SharedTensor, copies_of
 from sparseft.fisher.layout import Layout, by_sample
 from sparseft.fisher.meeting import Meeting, changes, meeting
 from sparseft.fisher.nest import replaced, tensors
+from sparseft.fisher.transcript import Fact
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -94,6 +96,28 @@ class Shared:
             if not tensor.requires_grad:
                 self._fed[id(tensor)] = weakref.ref(tensor)
 
+    def facts(self, given: list[Tensor]) -> list[Fact]:
+        """Return what is known of tensors beside parameters."""
+        return [self._fact(tensor) for tensor in given]
+
+    def know(self, given: list[Tensor], facts: Sequence[Fact]) -> None:
+        """Know what was known of the tensors of an operation when it ran first."""
+        for tensor, names in zip(given, facts, strict=False):
+            if names is None or self._fact(tensor) == names:
+                continue
+            if names:
+                self.add(tensor, names)
+            else:
+                self.feed(tensor)
+
+    def occurrences(self) -> dict[frozenset[str], int]:
+        """Return how many places of shared tensors there were so far, by the names of their parameters."""
+        return dict(self._occurrences)
+
+    def start_at(self, occurrences: Mapping[frozenset[str], int]) -> None:
+        """Count places from these on."""
+        self._occurrences = dict(occurrences)
+
     def origin(self, args: Any, kwargs: Any) -> Origin:
         """Return where the arguments of an operation come from."""
         names: frozenset[str] = frozenset()
@@ -131,16 +155,17 @@ class Shared:
 
     def apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         """Run an operation that no rule captures. What it makes of shared tensors and parameters alone is shared."""
-        result = self._apply(func, args, kwargs, origin)
+        alone = origin.source is not Source.BATCH and not origin.fed
+        with self._capture.kept() if alone else nullcontext():
+            result = self._apply(func, args, kwargs, origin, alone)
         if origin.fed:
             self.feed(result)
         return result
 
-    def _apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
+    def _apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin, alone: bool) -> Any:
         known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
         if not known and not origin.names:
             return _FASTER.get(func, func)(*args, **kwargs)
-        alone = origin.source is not Source.BATCH and not origin.fed
         result = None
         if alone:
             # many operations only look at a parameter: its dtype, its norm for the log
@@ -204,6 +229,12 @@ class Shared:
         found = self._tensors.get(id(tensor))
         # what is changed in place may have been given something of the batch
         return found if found is not None and found.version == tensor._version else None
+
+    def _fact(self, tensor: Tensor) -> Fact:
+        if not tensor.requires_grad:
+            return frozenset() if self._is_fed(tensor) else None
+        found = self._find(tensor)
+        return None if found is None else found.names
 
     def _is_fed(self, tensor: Tensor) -> bool:
         found = self._fed.get(id(tensor))

@@ -50,19 +50,5 @@ def evaluation(model: nn.Module, scored: Mapping[str, Tensor]) -> Iterator[None]
             module._buffers[name] = buffer
 
 
-@contextmanager
-def without_recomputation() -> Iterator[None]:
-    """Explain the errors of activation checkpointing, which runs parts of the model again in backward, unseen."""
-    try:
-        yield
-    except RuntimeError as error:
-        if "checkpoint" not in str(error):
-            raise
-        raise RuntimeError(
-            "activation checkpointing must be off while the Fisher is estimated: the model recomputes in backward; "
-            "switch it off (that of transformers is off in evaluation mode), or use `batch_one_fisher`"
-        ) from error
-
-
 def _compiled(module: nn.Module) -> bool:
     return getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")

@@ -12,8 +12,9 @@ from sparseft.fisher.ledger import Ledger
 from sparseft.fisher.loss import Objective
 from sparseft.fisher.one_pass import OnePass
 from sparseft.fisher.parameters import scored_parameters, unwrapped
+from sparseft.fisher.recomputation import recomputation
 from sparseft.fisher.report import FisherReport
-from sparseft.fisher.state import evaluation, without_recomputation
+from sparseft.fisher.state import evaluation
 from sparseft.fisher.tally import Squares
 from sparseft.selection.ird.pool import Pool
 
@@ -48,7 +49,7 @@ def fisher_of(
 
     ledger = Ledger(parameters, add)
     bar = tqdm(total=len(pool.positions), desc="Fisher", unit=" samples", delay=2, disable=not progress)
-    with evaluation(model, parameters), without_recomputation(), bar:
+    with evaluation(model, parameters), recomputation(model), bar:
         for batch, positions in pool:
             ledger.add(batch, positions)
             bar.update(len(positions))
