@@ -269,11 +269,11 @@ def test_fewer_activations_are_kept_and_each_block_runs_again_once():
     saved, runs = [], []
     for way in (not_checkpointed, WAYS["plain"]):
         model = made(way)
-        one = [data(samples=1)]
-        estimate_fisher(model, one, progress=False)
+        two = [data(samples=2)]
+        estimate_fisher(model, two, progress=False)
         probed = model.runs
         with Counted() as counted:
-            estimate_fisher(model, [*one, data(samples=16)], progress=False)
+            estimate_fisher(model, [*two, data(samples=16)], progress=False)
         saved.append(counted.bytes)
         runs.append(model.runs - 2 * probed)
     # 3 calls of blocks forward, and 3 again: pulling the shared bias back for 16 samples runs none
