@@ -59,9 +59,9 @@ class Options:
         influence_cap: scale a sample's squared gradients down to this many times those of the median sample; None for
             no cap. The gradient of cross-entropy is the larger the less likely the label seems to the model, so to a
             model that knows the task the highest Fisher often belongs to a wrong label. A cap keeps a few such samples
-            from choosing the entries; it does not remove them. Capped samples have one score at the entries of the start,
-            where they tie (but for sample_score "all"), and the first of the data stay; a cap above 1 still puts them
-            before all others. `mask.info["capped"]` has their positions.
+            from choosing the entries; it does not remove them. Capped samples have one score at the entries of the
+            start, where they tie (but for sample_score "all"), and the first of the data stay; a cap above 1 still
+            puts them before all others. `mask.info["capped"]` has their positions.
         memory_limit: bytes that the samples' gradients at the candidate entries may take, N0 * k * 4. Above, the
             samples kept are run again at every halving of the samples, and a warning says so. A halving of the entries
             takes no pass, but the samples must be run once more before they are ranked by the entries kept: which
