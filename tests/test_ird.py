@@ -307,6 +307,31 @@ def test_a_cap_changes_the_entries_that_one_sample_would_choose():
     assert plain.masks[1] != capped.masks[1]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{"order": "grid"}, {"order": "samples_first", "min_density": 20 / 103}, {"order": "grid", "memory_limit": 0}],
+    ids=str,
+)
+@pytest.mark.filterwarnings("ignore:.*memory_limit")
+def test_capped_samples_tie_and_the_first_stay(options):
+    options = {"select_by": "ladder", "min_samples": 2, "influence_cap": 1e-3, **options}
+    path = ird_search(classifier(), batches(), k=20, samples=13, progress=False, **options)
+    # the cap lies below every sample, so all have one score: rounding must not decide
+    assert {cell.positions for cell in path.cells} == {tuple(range(count)) for count in (13, 7, 4, 2)}
+    assert path.mask.info["capped"] == list(range(13))
+
+
+def test_a_mask_names_the_samples_that_were_capped():
+    table = classifier_squares(batches())
+    options = {"k": 20, "samples": 13, "select_by": "ladder", "progress": False}
+    path = ird_search(classifier(), batches(), influence_cap=1.5, **options)
+    sums = table[:, Oracle(table, 20).start[1]].sum(1)
+    wanted = np.flatnonzero(sums > 1.5 * np.median(sums)).tolist()
+    assert path.mask.info["capped"] == wanted
+    assert 0 < len(wanted) < 6
+    assert ird_search(classifier(), batches(), **options).mask.info["capped"] == []
+
+
 def test_length_normalisation_divides_by_the_tokens_of_a_sample():
     model, batch = models.make("bert"), models.batch("bert", samples=9)
 

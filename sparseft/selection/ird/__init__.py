@@ -96,6 +96,7 @@ def search(
     more = {
         "samples": path.cells[path.chosen].samples,
         "dropped": dropped,
+        "capped": found.capped,
         "held_out": held_out.positions,
         "path": path.plain(),
     }

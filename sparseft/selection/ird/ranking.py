@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 
@@ -53,9 +54,11 @@ def best_entries(sums: Tensor, groups: Sequence[int], counts: Sequence[int], *, 
     return torch.cat(kept)
 
 
-def caps(scores: Mapping[int, float], cap: float | None) -> dict[int, float]:
-    """Return the weights that bring every score to at most `cap` times the median one; those below 1."""
-    if cap is None:
-        return {}
-    most = cap * statistics.median(scores.values())
-    return {position: most / score for position, score in scores.items() if score > most}
+def capped(scores: Mapping[int, float], cap: float | None) -> tuple[dict[int, float], dict[int, float]]:
+    """Return the weights that bring every score to at most `cap` times the median one, those below 1; and the scores.
+
+    What was above is exactly equal after that, so that rounding does not rank it.
+    """
+    most = math.inf if cap is None else cap * statistics.median(scores.values())
+    weights = {position: most / score for position, score in scores.items() if score > most}
+    return weights, {position: min(score, most) for position, score in scores.items()}

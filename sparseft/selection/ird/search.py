@@ -10,7 +10,7 @@ from torch import Tensor
 
 from sparseft.selection.ird.options import Options
 from sparseft.selection.ird.path import Cell
-from sparseft.selection.ird.ranking import best_entries, best_samples, caps, halved
+from sparseft.selection.ird.ranking import best_entries, best_samples, capped, halved
 from sparseft.selection.ird.store import Store
 
 # a round of each order: steps one after the other, or (branch) alternatives
@@ -74,6 +74,7 @@ class Search:
     Attributes:
         cells: those looked at.
         entries: of each cell.
+        capped: positions of the samples that influence_cap scaled down, ascending.
     """
 
     def __init__(self, space: Space, options: Options) -> None:
@@ -83,14 +84,16 @@ class Search:
         self._last = 0
         self.cells: list[Cell] = []
         self.entries: list[Tensor] = []
+        self.capped: list[int] = []
 
     def run(self, samples: list[int], entries: Tensor) -> None:
         """Search from here; mark the chosen cell."""
         sums, scores = self._space.store.measure(samples, entries, {})
         samples = sorted(scores)
-        self._weights = caps(scores, self._options.influence_cap)
+        self._weights, scores = capped(scores, self._options.influence_cap)
+        self.capped = sorted(self._weights)
         if self._weights:
-            sums, scores = self._space.store.measure(samples, entries, self._weights)
+            sums, _ = self._space.store.measure(samples, entries, self._weights)
         self._mass = sum(scores.values())
         if not self._mass:
             raise ValueError("every gradient is zero: no entry is better than another; check the loss and the labels")
@@ -162,7 +165,10 @@ class Search:
 
     def _keep_samples(self, point: Point, count: int) -> list[int]:
         """Return which of a point's samples stay."""
-        scores = point.scores if self._options.rescore else self._start.scores
+        scores = point.scores
+        if not self._options.rescore or torch.equal(point.entries, self._start.entries):
+            # the same figures, but that those of capped samples are equal to the last bit
+            scores = self._start.scores
         if self._space.fixed is not None:
             scores = {position: self._weights.get(position, 1.0) * s for position, s in self._space.fixed.items()}
         scores = {position: scores[position] for position in point.samples}
