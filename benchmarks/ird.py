@@ -2,26 +2,31 @@
 
     python benchmarks/ird.py cpu2 --data ../shared/data        # goes on where it stopped: finished runs are skipped
     python benchmarks/ird.py cpu2 --table                      # what the rows say
-    python benchmarks/ird.py cpu2 --data ../shared/data --choose --tasks rte sst2 --samples 32 --densities 0.005
+    python benchmarks/ird.py cpu2 --data ../shared/data --majority              # the largest classes of the dev rows
+    python benchmarks/ird.py cpu2 --data ../shared/data --choose --flip 0.1     # what the sample scores keep
 
 A run trains an encoder with one mask and measures it on dev rows. For a seed, every method sees the same training
 rows in the same order, starts from the same weights, and has the same number of weights in a cell: seeds pair up. FISH
 takes the first N samples of a shuffled pool; IRD starts from the whole pool and twice the largest density, and halves
 its way down the grid; random entries look at no samples, so that one run serves all N. Cells are given, not chosen,
-and no search sees a dev row. Rows go to results/ird-MACHINE.csv. --choose trains nothing and says what the options of
-the sample score keep: rows of results/ird-samples-MACHINE.csv.
+and no search sees a dev row. Rows go to results/ird-MACHINE.csv. --choose trains no mask and says what the options of
+the sample score keep: rows of results/ird-samples-MACHINE.csv. There a share of the pool's labels may be wrong, and
+the model may have been tuned on the other rows first: a head that is new likes no label better than another.
+--majority writes results/ird-majority-MACHINE.csv.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import dataclasses
 import itertools
 import json
 import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +49,12 @@ SEARCHES: dict[str, dict[str, Any] | None] = {
     "random": None,
     "ird-balanced": {"class_balance": True},
     "ird-length": {"length_normalisation": True},
-    "ird-cap": {"influence_cap": 2.0},
+    "ird-cap-2": {"influence_cap": 2.0},
+    "ird-cap-1": {"influence_cap": 1.0},
 }
 DEFAULT_METHODS = ("ird", "fish", "reverse", "random")
 CASE = ("task", "method", "samples", "density", "seed", "train_rows", "max_length", "epochs", "pool", "bf16")
+CHOICE = (*CASE, "flip", "tuned")
 
 
 class Bench:
@@ -56,18 +63,49 @@ class Bench:
     def __init__(self, task: str, seed: int, options: argparse.Namespace) -> None:
         self.task, self.seed, self.options = task, seed, options
         folder = options.data / task
-        train, dev = (rows.read(folder / name) for name in (TRAIN_FILES[task], "dev.jsonl"))
+        train = rows.read(folder / TRAIN_FILES[task])
         train = random.Random(seed).sample(train, min(len(train), options.train_rows))
-        dev = random.Random(0).sample(dev, min(len(dev), options.dev_rows))
-        self.splits = examples.prepare(train, dev)
+        self.splits = examples.prepare(train, dev_rows(task, options))
+        self._tuned: dict[str, torch.Tensor] = {}
         loaded = self.load()
         self.encoded = encoding.encode(self.splits, loaded.tokenizer, options.max_length)
-        self.pool = random.Random(seed + 1).sample(self.encoded.train, min(len(train), options.pool))
+        places = random.Random(seed + 1).sample(range(len(train)), min(len(train), options.pool))
+        self.pool = [self.encoded.train[place] for place in places]
+        self.wrong: set[int] = set()
         self._paths: dict[str, IRDPath] = {}
+        self._others = [row for place, row in enumerate(self.encoded.train) if place not in set(places)]
 
     def load(self) -> models.Loaded:
         """Load the model as every run starts with it."""
-        return models.load(self.options.model, self.splits, seed=self.seed)
+        loaded = models.load(self.options.model, self.splits, seed=self.seed)
+        if self._tuned:
+            loaded.model.load_state_dict(self._tuned)
+        return loaded
+
+    def tune(self) -> float:
+        """Start from a model that was fine-tuned whole on the rows outside the pool; return its dev accuracy."""
+        loaded, options = self.load(), self.options
+        result = training.train(
+            loaded,
+            dataclasses.replace(self.encoded, train=self._others),
+            None,
+            epochs=options.epochs,
+            batch_size=options.batch_size,
+            bf16=options.bf16,
+            seed=self.seed,
+            progress=False,
+        )
+        self._tuned = {name: value.cpu() for name, value in loaded.model.state_dict().items()}
+        return result.evaluation.metrics["accuracy"]
+
+    def flip(self, share: float) -> None:
+        """Give a share of the pool's samples another class than theirs."""
+        draw = random.Random(self.seed + 2)
+        classes = len(self.splits.classes)
+        self.wrong = set(draw.sample(range(len(self.pool)), round(share * len(self.pool))))
+        for place in sorted(self.wrong):
+            other = (self.pool[place]["labels"] + draw.randrange(1, classes)) % classes
+            self.pool[place] = {**self.pool[place], "labels": other}
 
     def mask(self, method: str, samples: int, density: float) -> tuple[Mask, list[int]]:
         """Return a cell's mask, and which of the pool's samples chose it."""
@@ -147,7 +185,7 @@ class Bench:
         outputs = result.evaluation.outputs
         labels = torch.tensor([row["labels"] for row in self.encoded.dev])
         return {
-            **self.case(method, samples, density),
+            **case(self.task, self.seed, method, samples, density, options),
             "weights": mask.k,
             "lr": result.lr,
             "head_lr": result.head_lr,
@@ -159,22 +197,48 @@ class Bench:
             "seconds": round(time.perf_counter() - started, 1),
         }
 
-    def case(self, method: str, samples: int, density: float) -> dict[str, Any]:
-        """Return what tells a run from others."""
-        options = self.options
-        values = (self.task, method, samples, density, self.seed, options.train_rows, options.max_length)
-        return dict(zip(CASE, (*values, options.epochs, options.pool, options.bf16), strict=True))
-
     def kept(self, chosen: list[int]) -> dict[str, Any]:
         """Say what the samples that chose are like: their length beside the pool's, and their largest class."""
         if not chosen:
             return {"kept_length": "", "kept_largest_class": ""}
         length = [len(row["input_ids"]) for row in self.pool]
-        labels = [self.pool[i]["labels"] for i in chosen]
         return {
             "kept_length": round(statistics.mean(length[i] for i in chosen) / statistics.mean(length), 3),
-            "kept_largest_class": round(max(labels.count(label) for label in set(labels)) / len(labels), 3),
+            "kept_largest_class": round(largest_class(self.pool[i]["labels"] for i in chosen), 3),
         }
+
+    def choose(self, method: str, samples: int, density: float) -> dict[str, Any]:
+        """Say which samples a method keeps, and what that does to the mask."""
+        mask, chosen = self.mask(method, samples, density)
+        plain, _ = self.mask("ird", samples, density)
+        return {
+            **self.kept(chosen),
+            "pool_largest_class": round(largest_class(row["labels"] for row in self.pool), 3),
+            "overlap_with_ird": round(mask.overlap(plain), 3),
+            "capped": len(mask.info["capped"]),
+            "wrong_in_pool": len(self.wrong),
+            "wrong_kept": len(self.wrong & set(chosen)),
+        }
+
+
+def case(
+    task: str, seed: int, method: str, samples: int, density: float, options: argparse.Namespace
+) -> dict[str, Any]:
+    """Return what tells a run from others."""
+    values = (task, method, samples, density, seed, options.train_rows, options.max_length)
+    return dict(zip(CASE, (*values, options.epochs, options.pool, options.bf16), strict=True))
+
+
+def dev_rows(task: str, options: argparse.Namespace) -> list[rows.Row]:
+    """Return the rows that every run of a task is measured on."""
+    found = rows.read(options.data / task / "dev.jsonl")
+    return random.Random(0).sample(found, min(len(found), options.dev_rows))
+
+
+def largest_class(labels: Iterable[Any]) -> float:
+    """Return the share of the most frequent label."""
+    counts = collections.Counter(labels)
+    return max(counts.values()) / counts.total()
 
 
 def cells(options: argparse.Namespace) -> Iterator[tuple[str, int, float]]:
@@ -190,8 +254,7 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
         done = {tuple(row[name] for name in CASE) for row in provenance.read(path)}
         bench = None
         for method, samples, density in cells(options):
-            values = (task, method, samples, density, seed, options.train_rows, options.max_length)
-            if tuple(map(str, (*values, options.epochs, options.pool, options.bf16))) in done:
+            if tuple(map(str, case(task, seed, method, samples, density, options).values())) in done:
                 continue
             bench = bench or Bench(task, seed, options)
             row = bench.run(method, samples, density)
@@ -200,19 +263,34 @@ def run_all(options: argparse.Namespace, path: Path) -> None:
 
 
 def choose_all(options: argparse.Namespace, path: Path) -> None:
-    """For every way to score samples, say which it keeps, and what that does to the mask; add rows."""
+    """For every way to score samples, say which it keeps, and what that does to the mask; add the rows not there."""
+    methods = [method for method, search in SEARCHES.items() if search is not None]
     for seed, task in itertools.product(options.seeds, options.tasks):
-        bench = Bench(task, seed, options)
-        for samples, density in itertools.product(options.samples, options.densities):
-            plain, _ = bench.mask("ird", samples, density)
-            found = []
-            for method, search in SEARCHES.items():
-                if search is not None:
-                    mask, chosen = bench.mask(method, samples, density)
-                    overlap = {"overlap_with_ird": round(mask.overlap(plain), 3)}
-                    found.append({**bench.case(method, samples, density), **bench.kept(chosen), **overlap})
-                    print(json.dumps(found[-1]), flush=True)
-            provenance.append(path, [{**row, **provenance.stamp()} for row in found])
+        done = {tuple(row[name] for name in CHOICE) for row in provenance.read(path)}
+        bench, start = None, {}
+        for method, samples, density in itertools.product(methods, options.samples, options.densities):
+            row = case(task, seed, method, samples, density, options)
+            row |= {"flip": options.flip, "tuned": options.tuned}
+            if tuple(map(str, row.values())) in done:
+                continue
+            if bench is None:
+                bench = Bench(task, seed, options)
+                start = {"start_dev_accuracy": round(bench.tune(), 4) if options.tuned else ""}
+                bench.flip(options.flip)
+            row |= {**start, **bench.choose(method, samples, density)}
+            provenance.append(path, [{**row, **provenance.stamp()}])
+            print(json.dumps(row), flush=True)
+
+
+def majority_all(options: argparse.Namespace, path: Path) -> None:
+    """Add the share of the largest class among each task's dev rows: what a constant answer reaches."""
+    done = {(row["task"], row["dev_rows"]) for row in provenance.read(path)}
+    for task in options.tasks:
+        labels = [row["label"] for row in dev_rows(task, options)]
+        if (task, str(len(labels))) not in done:
+            row = {"task": task, "dev_rows": len(labels), "largest_class": round(largest_class(labels), 4)}
+            provenance.append(path, [{**row, **provenance.stamp()}])
+            print(json.dumps(row), flush=True)
 
 
 def main() -> None:
@@ -221,6 +299,9 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=provenance.RESULTS, help="folder of results files")
     parser.add_argument("--table", action="store_true", help="print what the rows say, and run nothing")
     parser.add_argument("--choose", action="store_true", help="only look at what scores of samples keep")
+    parser.add_argument("--majority", action="store_true", help="only count the classes of the dev rows")
+    parser.add_argument("--flip", type=float, default=0.0, help="with --choose: share of the pool's labels made wrong")
+    parser.add_argument("--tuned", action="store_true", help="with --choose: tune on the other rows before choosing")
     parser.add_argument("--data", type=Path, help="folder that holds the tasks' folders")
     parser.add_argument("--model", default=None, help="folder or hub id; MiniLM if left out")
     parser.add_argument("--tasks", nargs="+", default=list(TRAIN_FILES), choices=TRAIN_FILES)
@@ -237,18 +318,23 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bf16 autocast")
     options = parser.parse_args()
     path = options.results / f"ird-{options.machine}.csv"
+    majorities = options.results / f"ird-majority-{options.machine}.csv"
     if options.table:
         found = provenance.read(path)
         if not found:
             sys.exit(f"{path} has no rows; run without --table first")
         print(ird_table.table(found, list(SEARCHES)))
         return
+    if not options.choose and (options.flip or options.tuned):
+        parser.error("--flip and --tuned go with --choose")
     if options.data is None:
         parser.error("--data is missing: the folder that holds the tasks' folders")
     options.results.mkdir(parents=True, exist_ok=True)
     options.model = options.model or models.minilm()
     models.quiet()
-    if options.choose:
+    if options.majority:
+        majority_all(options, majorities)
+    elif options.choose:
         choose_all(options, options.results / f"ird-samples-{options.machine}.csv")
     else:
         run_all(options, path)
