@@ -30,6 +30,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import ird_samples_table
 import ird_table
 import provenance
 import torch
@@ -318,12 +319,13 @@ def main() -> None:
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=True, help="train in bf16 autocast")
     options = parser.parse_args()
     path = options.results / f"ird-{options.machine}.csv"
-    majorities = options.results / f"ird-majority-{options.machine}.csv"
+    majorities, choices = (options.results / f"ird-{name}-{options.machine}.csv" for name in ("majority", "samples"))
     if options.table:
         found = provenance.read(path)
         if not found:
             sys.exit(f"{path} has no rows; run without --table first")
-        print(ird_table.table(found, list(SEARCHES)))
+        print(ird_table.table(found, list(SEARCHES), provenance.read(majorities)))
+        print("\n" + ird_samples_table.table(provenance.read(choices), list(SEARCHES)))
         return
     if not options.choose and (options.flip or options.tuned):
         parser.error("--flip and --tuned go with --choose")
@@ -335,7 +337,7 @@ def main() -> None:
     if options.majority:
         majority_all(options, majorities)
     elif options.choose:
-        choose_all(options, options.results / f"ird-samples-{options.machine}.csv")
+        choose_all(options, choices)
     else:
         run_all(options, path)
 

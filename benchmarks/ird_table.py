@@ -3,22 +3,37 @@
 from __future__ import annotations
 
 import statistics
+from collections.abc import Sequence
 
+OPTIONS = ("ird-balanced", "ird-length", "ird-cap-2", "ird-cap-1")  # IRD with another score of samples
 # (task, samples, density) -> method -> seed -> figure
 Cells = dict[tuple[str, int, float], dict[str, dict[int, float]]]
 
 
-def table(rows: list[dict[str, str]], order: list[str]) -> str:
+def table(
+    rows: Sequence[dict[str, str]], order: Sequence[str], majority: Sequence[dict[str, str]] | None = None
+) -> str:
     """Return the rows as a table of means over seeds, and how often IRD is ahead of each other method.
 
-    order: of the methods.
+    order: of the methods. majority: rows of --majority, for the share of the largest class, and which means are above.
+
+    Raises:
+        ValueError: the majority of a task's dev rows is not there.
     """
+    rows = [row for row in rows if row["method"] in order]
     found = _by_cell(rows, "dev_accuracy")
     names = [name for name in order if any(name in methods for methods in found.values())]
-    lines = ["| task | samples | density | " + " | ".join(names) + " |", "|---" * (3 + len(names)) + "|"]
+    shares = {} if majority is None else _shares(rows, majority)
+    header = ["task", "samples", "density", *(["largest class"] if shares else []), *names]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for (task, samples, density), methods in found.items():
-        figures = [_figure(list(methods.get(name, {}).values())) for name in names]
+        figures = [f"{100 * shares[task]:.1f}"] if shares else []
+        figures += [_figure(list(methods.get(name, {}).values())) for name in names]
         lines.append(f"| {task} | {samples} | {100 * density:g} % | " + " | ".join(figures) + " |")
+    if shares:
+        lines += ["", "How many means are above the share of the largest class among the dev rows, which a constant"]
+        lines += ["answer reaches, by more than twice their standard error:"]
+        lines += [_above(task, found, share) for task, share in sorted(shares.items())]
     lines += ["", "Dev accuracy in percent: mean and standard deviation over seeds, and their number. Paired by seed,"]
     for other in names:
         if other != "ird":
@@ -28,7 +43,43 @@ def table(rows: list[dict[str, str]], order: list[str]) -> str:
     return "\n".join(lines)
 
 
-def _by_cell(rows: list[dict[str, str]], column: str) -> Cells:
+def options(rows: Sequence[dict[str, str]]) -> str:
+    """Return the same of IRD with other scores of samples, beside plain IRD; empty without such rows."""
+    found = {(row["task"], row["samples"], row["density"]) for row in rows if row["method"] in OPTIONS}
+    there = [row for row in rows if (row["task"], row["samples"], row["density"]) in found]
+    return table(there, ["ird", *OPTIONS]) if found else ""
+
+
+def _shares(rows: Sequence[dict[str, str]], majority: Sequence[dict[str, str]]) -> dict[str, float]:
+    known = {(row["task"], row["dev_rows"]): float(row["largest_class"]) for row in majority}
+    shares = {}
+    for task, size in dict.fromkeys((row["task"], row["dev_rows"]) for row in rows):
+        if (task, size) not in known:
+            raise ValueError(f"the majority of {task} must have a row with {size} dev rows; run ird.py --majority")
+        shares[task] = known[task, size]
+    return shares
+
+
+def _above(task: str, found: Cells, share: float) -> str:
+    """Say how many means are above what a constant answer reaches, by more than noise."""
+    # what looks at no samples is the same in all rows of its density
+    means = {
+        (name, density, 0 if name == "random" else samples): list(seeds.values())
+        for (of, samples, density), methods in found.items()
+        if of == task
+        for name, seeds in methods.items()
+    }
+    clear = [
+        statistics.mean(values) - share > 2 * statistics.stdev(values) / len(values) ** 0.5
+        for values in means.values()
+        if len(values) > 1
+    ]
+    if any(clear):
+        return f"- {task}: {sum(clear)} of {len(means)}"
+    return f"- {task}: none of {len(means)}, so that differences there rank nothing"
+
+
+def _by_cell(rows: Sequence[dict[str, str]], column: str) -> Cells:
     found: Cells = {}
     for row in rows:
         key = (row["task"], int(row["samples"]), float(row["density"]))

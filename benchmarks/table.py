@@ -14,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import compare_table
+import ird_samples_table
 import ird_table
 import provenance
 import record
@@ -36,6 +37,7 @@ HEADLINES = (
     ("topk_indices", ".*", "s", ()),
     ("save_delta", ".*", "bytes", ()),
 )
+IRD = ("ird", "fish", "reverse", "random")
 METHODS = {"head": "head only", "random": "random", "magnitude": "magnitude", "sift": "SIFT", "fish": "FISH"}
 Row = record.Row
 
@@ -153,16 +155,32 @@ def _demo_table(methods: list[list[Row]]) -> str:
 
 
 def ird(folder: Path) -> str:
-    """Return what the rows of ird.py say, a table a machine."""
+    """Return what the rows of ird.py say, a table a machine, and one of the options of the sample score."""
     blocks = []
     for file in sorted(folder.glob("ird-*.csv")):
-        if "samples" not in file.name:
+        if not file.name.startswith(("ird-samples-", "ird-majority-")):
             rows = provenance.read(file)
-            seen = ", ".join(dict.fromkeys(f"{row['device']}; torch {row['torch']}" for row in rows))
-            dates = sorted({row["date"] for row in rows})
-            heading = f"{len(rows)} runs, measured on {seen}; {dates[0]} to {dates[-1]}:"
-            blocks.append(f"{heading}\n\n{ird_table.table(rows, ['ird', 'fish', 'reverse', 'random'])}")
+            main = [row for row in rows if row["method"] in IRD]
+            majority = provenance.read(file.with_name(file.name.replace("ird-", "ird-majority-", 1)))
+            blocks.append(f"{_ran(main, 'runs')}\n\n{ird_table.table(main, IRD, majority)}")
+            if others := [row for row in rows if row["method"] in ird_table.OPTIONS]:
+                heading = _ran(others, "runs with other scores of samples")
+                blocks.append(f"{heading}\n\n{ird_table.options(rows)}")
     return "\n\n".join(blocks)
+
+
+def ird_samples(folder: Path) -> str:
+    """Return what the rows of ird.py --choose say, tables a machine."""
+    files = sorted(folder.glob("ird-samples-*.csv"))
+    found = [provenance.read(file) for file in files]
+    order = ["ird", "reverse", *ird_table.OPTIONS]
+    return "\n\n".join(f"{_ran(rows, 'searches')}\n\n{ird_samples_table.table(rows, order)}" for rows in found)
+
+
+def _ran(rows: list[Row], what: str) -> str:
+    seen = ", ".join(dict.fromkeys(f"{row['device']}; torch {row['torch']}" for row in rows))
+    dates = sorted({row["date"] for row in rows})
+    return f"{len(rows)} {what}, measured on {seen}; {dates[0]} to {dates[-1]}:"
 
 
 def comparison(folder: Path) -> str:
@@ -182,6 +200,7 @@ TABLES: dict[str, Callable[[Path], str]] = {
     "headlines": headlines,
     "demo": demo,
     "ird": ird,
+    "ird_samples": ird_samples,
     "comparison": comparison,
 }
 
