@@ -51,17 +51,17 @@ class Options:
         trial_lr: learning rate of its training.
         patience: rounds without a better figure after which the search ends.
         reverse: the control that should do worse: keep the lowest half of the "samples", the "parameters" or "both".
-        class_balance: keep the same share of every class (of integer labels). Scores alone may lean to one: of 32 of
-            128 sentences of SST-2 they kept up to three quarters of a class.
+        class_balance: keep the same share of every class (of integer labels). Scores alone may lean to one:
+            docs/methods.md says where they do.
         length_normalisation: divide a sample's score by its number of tokens (its attention mask's sum), for losses
             that are sums over tokens. Where a text has one label, as in RTE and SST-2, scores hardly depend on length,
             and this keeps texts of half to two thirds of the mean length.
         influence_cap: scale a sample's squared gradients down to this many times those of the median sample; None for
             no cap. The gradient of cross-entropy is the larger the less likely the label seems to the model, so to a
             model that knows the task the highest Fisher often belongs to a wrong label. A cap keeps a few such samples
-            from choosing the entries; it does not remove them. At the entries of the start capped samples have one
-            score, and the first of the data stay; above 1 they still come before all others. `mask.info["capped"]`
-            has their positions.
+            from choosing the entries; it does not remove them. Capped samples have one score
+            at the entries of the start, where they tie (but for sample_score "all"), and the first of the data stay;
+            a cap above 1 still puts them before all others. `mask.info["capped"]` has their positions.
         memory_limit: bytes that the samples' gradients at the candidate entries may take, N0 * k * 4. Above, they are
             computed again for every cell, and a warning says so.
         mode: as for `estimate_fisher`, and so are the next five.
