@@ -21,7 +21,7 @@ from pathlib import Path
 
 import provenance
 
-_TURNS = 9
+_TURNS = 7
 _RUNS = 3
 _GROUPS = {"alone": lambda names: [[name] for name in names], "together": lambda names: [names]}
 
