@@ -225,6 +225,14 @@ def test_an_interrupted_pass_goes_on_where_it_stopped(after, bad, tmp_path):
     assert not calls
 
 
+@pytest.fixture(autouse=True)
+def ctrl_c():
+    """Let SIGINT interrupt, as it does in a terminal: processes that a shell puts into the background ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 class Failing(nn.Module):
     """Calls a function in a forward run, or in the backward run that follows it, after so many others."""
 

@@ -166,8 +166,10 @@ def compare(
     Raises:
         ValueError: they do.
     """
+    if plan.compared:
+        return
     chosen = company(batch)
-    if not plan.compared and len(chosen) == _LARGE:
+    if len(chosen) == _LARGE:
         _Probing(model, objective, batch, positions, parameters).compare(chosen, plan)
 
 
