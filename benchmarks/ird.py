@@ -85,19 +85,23 @@ class Bench:
 
     def tune(self) -> float:
         """Start from a model that was fine-tuned whole on the rows outside the pool; return its dev accuracy."""
-        loaded, options = self.load(), self.options
-        result = training.train(
+        loaded = self.load()
+        result = self._train(loaded, dataclasses.replace(self.encoded, train=self._others), None)
+        self._tuned = {name: value.cpu() for name, value in loaded.model.state_dict().items()}
+        return result.evaluation.metrics["accuracy"]
+
+    def _train(self, loaded: models.Loaded, encoded: Any, mask: Mask | None) -> Any:
+        options = self.options
+        return training.train(
             loaded,
-            dataclasses.replace(self.encoded, train=self._others),
-            None,
+            encoded,
+            mask,
             epochs=options.epochs,
             batch_size=options.batch_size,
             bf16=options.bf16,
             seed=self.seed,
             progress=False,
         )
-        self._tuned = {name: value.cpu() for name, value in loaded.model.state_dict().items()}
-        return result.evaluation.metrics["accuracy"]
 
     def flip(self, share: float) -> None:
         """Give a share of the pool's samples another class than theirs."""
@@ -172,21 +176,11 @@ class Bench:
         """Choose, train and measure; return a row."""
         started = time.perf_counter()
         mask, chosen = self.mask(method, samples or min(self.options.samples), density)
-        loaded, options = self.load(), self.options
-        result = training.train(
-            loaded,
-            self.encoded,
-            mask,
-            epochs=options.epochs,
-            batch_size=options.batch_size,
-            bf16=options.bf16,
-            seed=self.seed,
-            progress=False,
-        )
+        result = self._train(self.load(), self.encoded, mask)
         outputs = result.evaluation.outputs
         labels = torch.tensor([row["labels"] for row in self.encoded.dev])
         return {
-            **case(self.task, self.seed, method, samples, density, options),
+            **case(self.task, self.seed, method, samples, density, self.options),
             "weights": mask.k,
             "lr": result.lr,
             "head_lr": result.head_lr,

@@ -266,16 +266,16 @@ def test_losses_across_the_batch_are_refused(loss):
 
 
 class Detached(nn.Module):
-    """Samples depend on others, through tensors that no gradient goes back through."""
+    """Samples depend on others, through tensors that no gradient goes back through, unless `attached`."""
 
-    def __init__(self, kind):
+    def __init__(self, kind, attached=False):
         super().__init__()
-        self.lin, self.head, self.kind = nn.Linear(4, 6), nn.Linear(6, 3), kind
+        self.lin, self.head, self.kind, self.attached = nn.Linear(4, 6), nn.Linear(6, 3), kind, attached
 
     def forward(self, x):
         h = self.lin(x)
         others = {"mean": h.mean(0), "first": h[0], "last": h[-1], "neighbour": h.roll(1, 0), "none": 0 * h}[self.kind]
-        return self.head(torch.tanh(h - 0.1 * others.detach()))
+        return self.head(torch.tanh(h - 0.1 * (others if self.attached else others.detach())))
 
 
 def detached_negatives(model, batch):
@@ -297,6 +297,12 @@ def test_a_dependence_that_carries_no_gradient_is_refused(kind, loss, seed):
     torch.manual_seed(seed)
     with pytest.raises(ValueError, match="that sample alone"):
         estimate_fisher(Detached(kind), [(torch.randn(5, 4), torch.randint(0, 3, (5,)))], loss=loss, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["mean", "first", "last", "neighbour"])
+def test_the_same_dependence_with_a_gradient_is_refused(kind):
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(Detached(kind, attached=True), [(X, Y)], progress=False)
 
 
 def test_a_dependence_on_the_labels_of_others_is_refused():

@@ -95,12 +95,16 @@ def halves(data):
     return Pool([*whole.only(first), *whole.only([5, 7, 9])])
 
 
-@pytest.mark.parametrize("device", testing.devices())
-@pytest.mark.parametrize("case", CASES)
-def test_norms_are_those_of_single_samples(case, device):
+def assert_norms(case, device):
     model, data = CASES[case](device)
     pool = halves(data)
     assert norms_of(model, pool) == pytest.approx(expected_norms(model, pool), rel=1e-5 if device == "cpu" else 1e-4)
+
+
+@pytest.mark.parametrize("device", testing.devices())
+@pytest.mark.parametrize("case", CASES)
+def test_norms_are_those_of_single_samples(case, device):
+    assert_norms(case, device)
 
 
 @pytest.mark.parametrize("options", [{"mode": "expected"}, {"token_reduction": "token"}], ids=str)
@@ -119,7 +123,7 @@ def test_both_ways_to_square_a_convolution_give_the_norms(case, add, elements, m
         add(fisher, uses, scores, elements=elements)
 
     monkeypatch.setattr("sparseft.fisher.tally.add_patches_", added)
-    test_norms_are_those_of_single_samples(case, "cpu")
+    assert_norms(case, "cpu")
 
 
 def test_a_sample_that_is_not_finite_leaves_the_norms_of_others_as_they_are():

@@ -51,10 +51,11 @@ def check_uncoupled(
     batch: Batch,
     positions: list[int],
     beside: list[int],
+    place: int,
     parameters: Mapping[str, Tensor],
     eps: float,
 ) -> None:
-    """Raise if the loss of the last of some samples changes when copies of it replace the others, or its gradient.
+    """Raise if the loss of one of some samples changes when copies of it replace the others, or its gradient.
 
     Both runs have the same shapes, so that they round alike, and a dependence shows that is far below what a change
     of the batch size does to the loss.
@@ -65,14 +66,15 @@ def check_uncoupled(
         batch: holds the samples.
         positions: where its samples stand in the data.
         beside: samples of the batch, by index.
+        place: of the one, among them.
         parameters: where a gradient reached other samples, or may have.
         eps: the coarsest precision that the model computes in.
     """
-    itself = [beside[-1]] * len(beside)
+    itself = [beside[place]] * len(beside)
     # beside them a few small ones, whose gradients tell what is large
     small = {f"{name} of the model": p for name, p in model.named_parameters() if p.requires_grad and p.dim() < 2}
     (before, grads), (after, others) = (
-        _last(model, objective, batch, positions, chosen, {**parameters, **small}) for chosen in (beside, itself)
+        _at(place, model, objective, batch, positions, chosen, {**parameters, **small}) for chosen in (beside, itself)
     )
     eps = max(eps, *(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
     check_same(before, after, eps)
@@ -92,7 +94,8 @@ def _precision(outputs: Tensor, eps: float) -> float:
     return max(eps, torch.finfo(torch.float16).eps) if coarse else eps
 
 
-def _last(
+def _at(
+    place: int,
     model: nn.Module,
     objective: Objective,
     batch: Batch,
@@ -100,8 +103,8 @@ def _last(
     chosen: list[int],
     parameters: Mapping[str, Tensor],
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the outputs of the last of the chosen samples, and the gradients of their sum."""
-    outputs = objective(model, take(batch, chosen), [positions[sample] for sample in chosen]).outputs[-1]
+    """Return the outputs of the sample at a place among the chosen, and the gradients of their sum."""
+    outputs = objective(model, take(batch, chosen), [positions[sample] for sample in chosen]).outputs[place]
     if not outputs.requires_grad:
         return outputs, {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     grads = torch.autograd.grad(outputs.sum(), list(parameters.values()), allow_unused=True, materialize_grads=True)

@@ -225,7 +225,8 @@ class _Probing:
         """
         if plan.fallback:
             rest = {name: self.parameters[name] for name in plan.fallback}
-            check_uncoupled(self.model, self.objective, self.batch, self.positions, chosen, rest, plan.eps)
+            for place in range(len(chosen)):
+                check_uncoupled(self.model, self.objective, self.batch, self.positions, chosen, place, rest, plan.eps)
         else:
             # all by the same kernels, so that they round alike
             beside = self._outputs(chosen, plan) if outputs is None else outputs
