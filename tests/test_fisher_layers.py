@@ -46,7 +46,7 @@ LAYERS = {
         {"weight": "fallback", "bias": "fallback"},
     ),
     "group norm": ((5, 3), lambda: nn.GroupNorm(2, C), NORM),
-    "group norm without positions": ((), lambda: nn.GroupNorm(2, C), NORM),
+    "group norm without positions": ((), lambda: nn.GroupNorm(1, C), NORM),
     "instance norm": ((5, 3), lambda: nn.InstanceNorm2d(C, affine=True), NORM),
     "instance norm with running statistics": (
         (7,),
@@ -61,14 +61,17 @@ LAYERS = {
 
 
 class Enter(nn.Module):
-    """Comes before the layer under test, so that its gradient at its input is looked at too."""
+    """Comes before the layer under test, so that its gradient at its input is looked at too.
+
+    Not linear: a norm undoes a scale, so that the gradient of one would be nothing but rounding.
+    """
 
     def __init__(self):
         super().__init__()
         self.gain = nn.Parameter(torch.randn(C))
 
     def forward(self, x):
-        return x * self.gain.view(C, *[1] * (x.dim() - 2))
+        return (x * self.gain.view(C, *[1] * (x.dim() - 2))).tanh()
 
 
 def shaken(model):

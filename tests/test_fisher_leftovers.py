@@ -1,14 +1,29 @@
-"""What no rule captures: recurrent layers, composed weights, raw tensors in einsum; exact, one sample at a time."""
+"""What no rule captures: composed weights, raw tensors in einsum, recurrent layers; by torch.func, or one by one."""
 
+import copy
+import warnings
+
+import models
 import pytest
 import torch
 import torch.nn.functional as F
+from exactness import assert_exact, assert_same_gradients, own_loss_loop
+from exactness import assert_same as assert_same_scores
 from models import one_thread  # noqa: F401
-from nets import C, H, Net, data, parameter
+from nets import C, H, N, Net, data, parameter
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 
-from sparseft.fisher import batch_one_fisher, estimate_fisher
+from sparseft.fisher import batch_one_fisher, estimate_fisher, sample_gradients, vmapped
+from sparseft.fisher.loss import Objective
+from sparseft.fisher.one_pass import OnePass
+from sparseft.fisher.report import FisherReport, FisherScores
+from sparseft.fisher.state import evaluation
+from sparseft.fisher.tally import Squares
+
+TOGETHER, ALONE = "several samples at a time, by torch.func", "one sample at a time: "
+RECURRENT = f"{ALONE}torch.func would take the kernels of recurrent layers apart"
+REFUSED = f"{ALONE}torch.func refuses the model ("
 
 
 class Recurrent(Net):
@@ -42,6 +57,11 @@ class Tied(Net):
         return F.linear(y, self.inner @ self.inner + self.inner)
 
 
+class Scalar(Net):
+    def odd(self, x):
+        return x.sigmoid() ** self.inner.exp()
+
+
 class Plus(nn.Module):
     def __init__(self, rank):
         super().__init__()
@@ -57,25 +77,29 @@ def low_rank():
     return layer
 
 
+WEIGHT_NORM = "inner.parametrizations.weight.original0"
+# model -> how it is made, a parameter that no rule captures, how the fallback takes the samples
 MODELS = {
-    "LSTM": (Recurrent, lambda: nn.LSTM(H, H, batch_first=True), "inner.weight_hh_l0"),
+    "LSTM": (Recurrent, lambda: nn.LSTM(H, H, batch_first=True), "inner.weight_hh_l0", RECURRENT),
     "GRU, both ways": (
         Recurrent,
         lambda: nn.GRU(H, H // 2, batch_first=True, bidirectional=True),
         "inner.bias_ih_l0_reverse",
+        RECURRENT,
     ),
-    "GRU cell": (Cell, lambda: nn.GRUCell(H, H), "inner.weight_ih"),
-    "weight norm": (Composed, lambda: parametrizations.weight_norm(nn.Linear(H, H)), None),
-    "composed in a transformer": (Composed, low_rank, "inner.linear1.parametrizations.weight.0.up"),
-    "einsum": (Heads, lambda: parameter(2, H, H // 2), "inner"),
-    "tied": (Tied, lambda: parameter(H, H), "inner"),
+    "GRU cell": (Cell, lambda: nn.GRUCell(H, H), "inner.weight_ih", TOGETHER),
+    "weight norm": (Composed, lambda: parametrizations.weight_norm(nn.Linear(H, H)), WEIGHT_NORM, TOGETHER),
+    "composed in a transformer": (Composed, low_rank, "inner.linear1.parametrizations.weight.0.up", TOGETHER),
+    "einsum": (Heads, lambda: parameter(2, H, H // 2), "inner", TOGETHER),
+    "tied": (Tied, lambda: parameter(H, H), "inner", TOGETHER),
+    "scalar": (Scalar, lambda: nn.Parameter(torch.tensor(0.3)), "inner", TOGETHER),
 }
 
 
 def made(name):
     torch.manual_seed(0)
-    kind, inner, left = MODELS[name]
-    return kind(inner=inner()), left or "inner.parametrizations.weight.original0"
+    kind, inner, left, way = MODELS[name]
+    return kind(inner=inner()), left, way
 
 
 def batches():
@@ -92,38 +116,239 @@ def assert_same(scores, expected):
         assert error <= 1e-5, f"{name}: error {error:.1e}"
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_leftovers_are_exact_and_reported(name):
-    model, left = made(name)
-    found = estimate_fisher(model, batches(), progress=False)
-    assert found.report.rules[left] == "fallback"
-    assert f"one sample at a time: {left} (" in str(found.report)
-    # nothing of sparseft
-    ids, labels = data()
-    expected = {key: torch.zeros_like(value) for key, value in model.named_parameters()}
+def gradients_of(model, ids, labels):
+    """Return the gradients of each sample, name -> [N, ...], by plain autograd."""
+    rows = {name: [] for name, _ in model.named_parameters()}
     for sample, label in zip(ids.split(1), labels.split(1), strict=True):
         grads = torch.autograd.grad(F.cross_entropy(model.eval()(sample), label), list(model.parameters()))
-        for total, grad in zip(expected.values(), grads, strict=True):
-            total += grad**2 / len(ids)
-    assert_same(found, expected)
+        for name, grad in zip(rows, grads, strict=True):
+            rows[name].append(grad)
+    return {name: torch.stack(grads) for name, grads in rows.items()}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_leftovers_are_exact_and_reported(name):
+    model, left, way = made(name)
+    with pytest.warns(UserWarning, match="parameters take the slow path") as found:
+        scores = estimate_fisher(model, batches(), progress=False)
+    assert scores.report.rules[left] == "fallback"
+    assert scores.report.way == way
+    assert f"no rule for {left} (" in str(scores.report)
+    assert f"what has no rule: {way}" in str(scores.report)
+    assert len(found) == 1
+    assert way in str(found[0].message)
+    assert_same(scores, {key: grads.square().mean(0) for key, grads in gradients_of(model, *data()).items()})
 
 
 @pytest.mark.parametrize("mode", ["expected", "sampled"])
-@pytest.mark.parametrize("name", ["LSTM", "composed in a transformer", "tied"])
+@pytest.mark.parametrize("name", MODELS)
 def test_leftovers_in_other_modes(name, mode):
-    model, _ = made(name)
-    found = estimate_fisher(model, batches(), mode=mode, progress=False)
-    assert_same(found, batch_one_fisher(model, batches(), mode=mode))
+    model, _, way = made(name)
+    scores = estimate_fisher(model, batches(), mode=mode, progress=False)
+    assert scores.report.way == way
+    assert_same(scores, batch_one_fisher(model, batches(), mode=mode))
 
 
-@pytest.mark.parametrize("name", ["GRU cell", "einsum"])
+@pytest.mark.parametrize("name", ["GRU cell", "einsum", "LSTM"])
 def test_leftovers_token_by_token(name):
-    model, _ = made(name)
+    model, _, way = made(name)
 
     def losses(model, batch):
         logits = model.out(model.odd(model.embed(batch[0])))
         return F.cross_entropy(logits.flatten(0, 1), batch[0].flatten() % C, reduction="none").view(batch[0].shape)
 
     options = {"loss": losses, "token_reduction": "token"}
-    found = estimate_fisher(model, batches(), progress=False, **options)
-    assert_same(found, batch_one_fisher(model, batches(), **options))
+    assert assert_exact(model, batches(), **options).report.way == way
+
+
+@pytest.mark.parametrize("name", ["LSTM", "einsum", "tied", "scalar"])
+def test_gradients_of_each_sample_and_their_norms(name):
+    model, _, way = made(name)
+    expected = gradients_of(model, *data())
+    every = {key: torch.arange(p.numel()) for key, p in model.named_parameters()}
+    found = sample_gradients(model, batches(), every, progress=False)
+    assert found.report.way == way
+    assert_same_gradients(found, {key: grads.reshape(N, -1) for key, grads in expected.items()})
+    norms, sums = dict.fromkeys(range(N), 0.0), {key: torch.zeros_like(p) for key, p in model.named_parameters()}
+    parameters = dict(model.named_parameters())
+    with evaluation(model, parameters):
+        run = OnePass(model, Objective("empirical", None, "mean", 0), parameters, FisherReport("empirical"))
+        run.add(Squares(sums, norms), data(), list(range(N)))
+    wanted = sum(grads.double().reshape(N, -1).square().sum(1) for grads in expected.values())
+    assert list(norms.values()) == pytest.approx(wanted.tolist(), rel=1e-5)
+
+
+class Looks(Net):
+    # at a value, on a way that only longer texts take
+    def odd(self, x):
+        y = torch.einsum("ntd,de->nte", x, self.inner)
+        if x.shape[1] > 6 and not y.isfinite().all():
+            raise ValueError("overflow")
+        return y
+
+
+def test_a_model_that_looks_at_values_is_done_one_by_one_from_there_on():
+    torch.manual_seed(0)
+    model = Looks(inner=parameter(H, H))
+    short, long, last = (data(4, length, seed=length) for length in (6, 7, 5))
+    assert assert_exact(model, [short]).report.way == TOGETHER
+    for order in ([long], [short, long, last]):
+        assert assert_exact(model, order).report.way.startswith(f"{REFUSED}RuntimeError: vmap: It looks like")
+
+
+class _Doubled(torch.autograd.Function):
+    """x @ w, whose batching rule has a factor that it should not have."""
+
+    @staticmethod
+    def forward(x, w):
+        return x @ w
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, w = ctx.saved_tensors
+        return grad @ w.mT, (x.mT @ grad).sum(0) if x.dim() > w.dim() else x.mT @ grad
+
+    @staticmethod
+    def vmap(info, in_dims, x, w):
+        w = w if in_dims[1] is None else w.movedim(in_dims[1], 0)[:, None]
+        return (x.movedim(in_dims[0], 0) @ w) * 1.001, 0
+
+
+class WrongRule(Net):
+    def odd(self, x):
+        return _Doubled.apply(x, self.inner)
+
+
+def test_a_wrong_batching_rule_is_noticed():
+    torch.manual_seed(0)
+    model = WrongRule(inner=parameter(H, H))
+    way = assert_exact(model, batches()).report.way
+    assert way.startswith(f"{ALONE}torch.func gives another gradient of inner, off by ")
+
+
+def chunks(monkeypatch, refuse_at=None):
+    """Note how many samples torch.func takes at a time; let it refuse one call."""
+    sizes, original = [], vmapped.gradients
+
+    def gradients(model, objective, batch, samples, *rest):
+        sizes.append(len(samples))
+        if len(sizes) == refuse_at:
+            raise NotImplementedError("not today\nand not tomorrow")
+        return original(model, objective, batch, samples, *rest)
+
+    monkeypatch.setattr(vmapped, "gradients", gradients)
+    return sizes
+
+
+@pytest.mark.parametrize(("mode", "gradients"), [("empirical", 1), ("expected", C - 1)])
+def test_memory_bounds_how_many_samples_are_taken_at_a_time(monkeypatch, mode, gradients):
+    sizes = chunks(monkeypatch)
+    model, _, _ = made("einsum")
+    monkeypatch.setattr(vmapped, "_ROOM", 2 * gradients * 4 * model.inner.numel() + 3)
+    assert assert_exact(model, [data()], mode=mode).report.way == TOGETHER
+    assert sizes == [2, 2, 2, 1]  # the first to try
+    monkeypatch.setattr(vmapped, "_ROOM", 2 * gradients * 4 * model.inner.numel() - 1)
+    assert assert_exact(model, [data()], mode=mode).report.way == f"{ALONE}the gradients of two need more than 64 MiB"
+    assert len(sizes) == 4
+
+
+def test_a_refusal_in_the_middle_of_a_batch_loses_no_sample(monkeypatch):
+    sizes = chunks(monkeypatch, refuse_at=3)
+    model, _, _ = made("einsum")
+    monkeypatch.setattr(vmapped, "_ROOM", 2 * 4 * model.inner.numel())
+    way = assert_exact(model, [data(), data(seed=1)]).report.way
+    assert way == f"{REFUSED}NotImplementedError: not today)"
+    assert sizes == [2, 2, 2]
+
+
+def test_batches_of_one_sample_have_nothing_to_take_together(monkeypatch):
+    sizes = chunks(monkeypatch)
+    model, _, _ = made("einsum")
+    ids, labels = data()
+    alone = list(zip(ids.split(1), labels.split(1), strict=True))
+    assert assert_exact(model, alone).report.way == f"{ALONE}no batch had two"
+    assert not sizes
+    # one is over: it goes alone, and so do those before the first two
+    assert assert_exact(model, [alone[0], (ids[1:4], labels[1:4]), alone[4]]).report.way == TOGETHER
+    assert sizes == [2, 3]
+
+
+def test_samples_without_a_gradient_tell_nothing(monkeypatch):
+    sizes = chunks(monkeypatch)
+    model, _, _ = made("einsum")
+    ids, labels = data(6)
+    ignored = torch.full_like(labels, -100)
+    assert assert_exact(model, [(ids[:2], ignored[:2]), (ids[2:], labels[2:])]).report.way == TOGETHER
+    assert sizes == [2, 4]
+    way = assert_exact(model, [(ids, ignored)]).report.way
+    assert way == f"{ALONE}the first had no gradient to compare with that of torch.func"
+    assert len(sizes) == 2
+
+
+class Remembers(Net):
+    # what it has last seen, in an attribute and in a buffer, and a weight that is composed by a hook
+    def odd(self, x):
+        self.seen = y = self.inner(torch.einsum("ntd,de->nte", x, self.raw)).tanh()
+        self.register_buffer("mean", y.detach().mean(1), persistent=False)
+        return y
+
+
+def test_nothing_of_a_transform_stays_in_the_model():
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        model = Remembers(inner=nn.utils.weight_norm(nn.Linear(H, H)), raw=parameter(H, H))
+    assert assert_exact(model, batches()).report.way == TOGETHER
+    for tensor in (model.seen, model.mean, model.inner.weight):
+        assert not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    # what they have is of an ordinary pass, and the next one makes its own
+    assert model.seen.shape[1:] == (6, H)
+    model(data(2)[0])
+    assert len(model.seen) == len(model.mean) == 2
+
+
+class TimeFirst(Net):
+    def forward(self, ids):
+        return self.out(torch.einsum("tnd,de->tne", self.embed(ids), self.inner).tanh().mean(0))
+
+
+def test_samples_in_another_dimension():
+    torch.manual_seed(0)
+    ids, labels = data()
+    model = TimeFirst(inner=parameter(H, H))
+    scores = assert_exact(model, [{"ids": ids.mT.contiguous(), "labels": labels}], batch_dim={"ids": 1})
+    assert scores.report.way == TOGETHER
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 0.1), (torch.float64, 1e-5)])
+def test_other_precisions(dtype, bound):
+    model, _, _ = made("tied")
+    model.to(dtype)
+    scores = estimate_fisher(model, batches(), progress=False)
+    assert scores.report.way == TOGETHER
+    assert_same_scores(scores, batch_one_fisher(model, batches()), bound)
+
+
+@pytest.mark.parametrize("name", ["deberta", "gemma2", "gpt2 eager", "vit", "bert multilabel", "t5", "bert masked"])
+def test_a_composed_weight_in_models_of_transformers(name):
+    model = models.make(name)
+    linears = [module for module in model.modules() if isinstance(module, nn.Linear)]
+    parametrizations.weight_norm(linears[len(linears) // 2])
+    batch = models.batch(name)
+    scores = estimate_fisher(model, [batch], progress=False)
+    assert any(name.endswith("weight.original1") for name in scores.report.fallback)
+    assert_same_scores(scores, own_loss_loop(model, batch))
+
+
+def test_how_the_fallback_went_is_saved_with_the_scores(tmp_path):
+    model, _, _ = made("einsum")
+    scores = estimate_fisher(model, batches(), progress=False)
+    scores.save(tmp_path / "scores")
+    loaded = FisherScores.load(tmp_path / "scores")
+    assert loaded.report.way == TOGETHER
+    more = estimate_fisher(copy.deepcopy(model), batches(), resume=loaded, progress=False)
+    assert more.report.way == TOGETHER

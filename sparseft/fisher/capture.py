@@ -121,6 +121,7 @@ class Capture(TorchFunctionMode):
         self._claimed: list[Use] = []
         self._transcript: Transcript | None = None  # in a region
         self._entered = 0
+        self._passed = False  # the batch's backward passes through a part of what all samples share
         self._device = next(iter(parameters.values())).device.type
         self.stop()
 
@@ -295,6 +296,7 @@ class Capture(TorchFunctionMode):
 
     def backward(self, outputs: Tensor, cotangent: Tensor, retain_graph: bool = False) -> None:
         """Emit what all captured uses contribute when outputs are pulled back: the batch's first, then the shared."""
+        retain_graph = retain_graph or self._passed
         torch.autograd.grad(outputs, [self.anchor], cotangent, retain_graph=retain_graph, allow_unused=True)
         self.shared.pull_back()
 
@@ -311,10 +313,15 @@ class Capture(TorchFunctionMode):
         found: dict[str, str] = {}
         shared: list[Any] = []
         reached: set[Use] = set()
+        passed = set()
         for node, child in _edges([outputs.grad_fn]):
             for use in marks(child):
                 found[use.name] = f"what is computed from it alone meets the batch in {node.name()}"
             shared += outlets(child)
+            passed.add(child)
+        below = {*shared, *(child for _, child in _edges(shared))}
+        # parameters, and the anchor, are where both end
+        self._passed = any(not hasattr(node, "variable") for node in below & passed)
         for node, child in _edges([outputs.grad_fn, *shared]):
             reached.update(marks(child))
             known = self._known.get(id(getattr(child, "variable", None)))

@@ -97,7 +97,7 @@ def sample_gradients(
     columns = ColumnPass(model, indices, objective, squared=squared)
     blocks: list[Tensor] = []
     columns.run(limited(data, samples, turned.first), lambda positions, block: blocks.append(block), progress=progress)
-    warn_of_fallback(columns.report.fallback, len(columns.report.rules), stacklevel=3)
+    warn_of_fallback(columns.report, len(columns.report.rules), stacklevel=3)
     return SampleGradients(torch.cat(blocks), columns.where, columns.report)
 
 
@@ -203,12 +203,12 @@ class _Columns:
         """Add whole gradients, or their squares."""
         self._total[rows] += grads.square() if self._squared else grads
 
-    def add_single(self, position: int, grads: Mapping[str, Tensor]) -> None:
-        """Add gradients of one sample."""
-        row = self._total[self._rows[position]]
-        for name, grad in grads.items():
-            chosen = grad.reshape(-1)[self._indices[name].long()].to(self._device)
-            row[self.where[name]] += chosen.square() if self._squared else chosen
+    def add_whole(self, positions: list[int], grads: Mapping[str, Tensor]) -> None:
+        """Add gradients of some samples."""
+        rows = torch.tensor([self._rows[position] for position in positions], device=self._device)
+        for name, each in grads.items():
+            chosen = each.reshape(len(each), -1)[:, self._indices[name].long()].to(self._device)
+            self._total[rows, self.where[name]] += chosen.square() if self._squared else chosen
 
     def columns_of(self, use: Use, part: Contribution) -> Tensor:
         """Return what a use contributes, fp32 [n, k]."""

@@ -39,7 +39,7 @@ def check_same(before: Tensor, after: Tensor, eps: float) -> None:
 
     eps: the coarsest precision that the model computes in.
     """
-    eps = _precision(before, eps)
+    eps = precision(before, eps)
     tolerance = min(_LOSS * eps, max(0.01, eps**0.5))
     if not torch.allclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True):
         raise coupled(f"its value changed from {before.tolist()} to {after.tolist()}")
@@ -71,14 +71,13 @@ def check_uncoupled(
         eps: the coarsest precision that the model computes in.
     """
     itself = [beside[place]] * len(beside)
-    # beside them a few small ones, whose gradients tell what is large
-    small = {f"{name} of the model": p for name, p in model.named_parameters() if p.requires_grad and p.dim() < 2}
     (before, grads), (after, others) = (
-        _at(place, model, objective, batch, positions, chosen, {**parameters, **small}) for chosen in (beside, itself)
+        _at(place, model, objective, batch, positions, chosen, {**parameters, **scales(model)})
+        for chosen in (beside, itself)
     )
     eps = max(eps, *(torch.finfo(parameter.dtype).eps for parameter in parameters.values()))
     check_same(before, after, eps)
-    if _precision(before, eps) > torch.finfo(torch.float32).eps:
+    if precision(before, eps) > torch.finfo(torch.float32).eps:
         return
     # some gradients (of a key's bias, of a router that chooses one expert) are zero but for rounding
     floor = 1e-3 * max(float(grad.abs().max()) for grad in grads.values())
@@ -89,7 +88,13 @@ def check_uncoupled(
             raise coupled(f"its gradient in {name} changed")
 
 
-def _precision(outputs: Tensor, eps: float) -> float:
+def scales(model: nn.Module) -> dict[str, Tensor]:
+    """Return a few small parameters of a model, whose gradients tell what is large; the names are no parameter's."""
+    return {f"{name} of the model": p for name, p in model.named_parameters() if p.requires_grad and p.dim() < 2}
+
+
+def precision(outputs: Tensor, eps: float) -> float:
+    """Return the unit of rounding that outputs may differ by, of a model whose coarsest precision is eps."""
     coarse = outputs.is_cuda and torch.get_float32_matmul_precision() != "highest"
     return max(eps, torch.finfo(torch.float16).eps) if coarse else eps
 

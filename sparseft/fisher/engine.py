@@ -93,8 +93,8 @@ def estimate_fisher(
 
     Returns:
         Parameter name -> fp32 scores of its shape, in (loss of one sample / parameter)^2 (of one token, for "token"),
-        with a `report` that says what that loss is. A warning names parameters that no rule serves, which are done
-        one sample at a time; `report.fallback` has all of them, with the reason.
+        with a `report` that says what that loss is. A warning names parameters that no rule serves: their gradients
+        are made whole, of each sample; `report.fallback` has all of them with the reason, `report.way` says how.
 
     Raises:
         ValueError: no data; labels missing; a loss that is not one a sample or depends on other samples; too few
@@ -148,7 +148,7 @@ def estimate_fisher(
         with interrupts.held():
             scores = save(copy=False)
     _check_dropped(scores.report, max_dropped)
-    warn_of_fallback(scores.report.fallback, len(scores), stacklevel=3)
+    warn_of_fallback(scores.report, len(scores), stacklevel=3)
     return scores
 
 

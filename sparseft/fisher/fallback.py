@@ -1,31 +1,146 @@
-"""The fallback: autograd, one sample at a time, for the parameters that no rule captures. Exact, and slow."""
+"""The fallback, for the parameters that no rule captures: whole gradients of single samples. Exact, and slow.
+
+`torch.func` takes several samples at a time where it can. It refuses code that looks at values, and a batching rule
+may be wrong, so it must agree with autograd on two samples first. Where it does not, autograd runs all of them, one
+by one.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 
+from sparseft.fisher import vmapped
 from sparseft.fisher.batches import Batch, take
-from sparseft.fisher.loss import Objective
+from sparseft.fisher.coupling import company, precision, scales
+from sparseft.fisher.loss import Objective, Pullback
+
+# of a gradient's largest entry: twice that is of its square. Coarser precision: in units of rounding
+_TOLERANCE, _COARSE = 5e-6, 16
+# some gradients (of a key's bias) are zero but for rounding: a share of the largest of all
+_FLOOR = 1e-3
+_Gradients = dict[str, Tensor]
 
 
-def one_by_one(
-    model: nn.Module,
-    objective: Objective,
-    batch: Batch,
-    positions: list[int],
-    parameters: Mapping[str, Tensor],
-) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    """Yield (position, fp32 gradients by name) of each sample and cotangent; parameters without one are left out."""
-    for index, position in enumerate(positions):
-        pullback = objective(model, take(batch, [index]), [position])
-        if not pullback.outputs.requires_grad:
-            continue
+class Fallback:
+    """Makes gradients of single samples.
+
+    Args:
+        model: in evaluation mode, with gradients for the parameters alone.
+        objective: what is differentiated.
+
+    Attributes:
+        way: how they are made, in words; "" before the first.
+    """
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        self._model, self._objective = model, objective
+        self._agreed: set[str] = set()  # parameters for which torch.func and autograd were seen to give the same
+        self._refused = False
+        self.way = ""
+        if any(isinstance(module, nn.RNNBase) for module in model.modules()):
+            self._refuse("torch.func would take the kernels of recurrent layers apart")
+
+    def gradients(
+        self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], eps: float
+    ) -> Iterator[tuple[Sequence[int], _Gradients]]:
+        """Yield (samples of the batch, by index, and name -> fp32 [n, ...]), for each cotangent of all samples.
+
+        What the loss does not depend on is zero, or not there.
+
+        Args:
+            batch: of samples whose loss is finite.
+            pullback: of the batch.
+            parameters: whose gradients, by name.
+            eps: of the coarsest precision that the model computes in.
+        """
+        count, done = len(pullback.outputs), 0
+        room = vmapped.room(parameters, len(pullback.cotangents))
+        if self._serves(batch, pullback, parameters, room, eps):
+            for start in range(0, count, room):
+                samples = range(start, min(start + room, count))
+                found = self._several(batch, samples, pullback, parameters)
+                if found is None:
+                    break
+                for grads in found:
+                    yield samples, grads
+                done = samples.stop
+        for index in range(done, count):
+            for grads in self._single(batch, index, pullback, parameters):
+                yield [index], {name: grad[None] for name, grad in grads.items()}
+
+    def _single(
+        self, batch: Batch, index: int, pullback: Pullback, parameters: Mapping[str, Tensor]
+    ) -> Iterator[_Gradients]:
+        """Yield the gradients of one sample, name -> fp32, for each cotangent; those that are None left out."""
+        targets = None if pullback.targets is None else pullback.targets[index, None]
+        outputs = self._objective.outputs(self._model, take(batch, [index]), targets)
         for cotangent in pullback.cotangents:
-            grads = torch.autograd.grad(
-                pullback.outputs, list(parameters.values()), cotangent, retain_graph=True, allow_unused=True
-            )
+            row = cotangent[index, None]
+            if not outputs.requires_grad or not bool(row.any()):
+                yield {}
+                continue
+            grads = torch.autograd.grad(outputs, list(parameters.values()), row, retain_graph=True, allow_unused=True)
             named = zip(parameters, grads, strict=True)
-            yield position, {name: grad.to_dense().float() for name, grad in named if grad is not None}
+            yield {name: grad.to_dense().float() for name, grad in named if grad is not None}
+
+    def _several(
+        self, batch: Batch, samples: Sequence[int], pullback: Pullback, parameters: Mapping[str, Tensor]
+    ) -> list[_Gradients] | None:
+        """Return for each cotangent the gradients of some samples, name -> fp32 [n, ...]; None if that is refused."""
+        try:
+            return vmapped.gradients(self._model, self._objective, batch, samples, pullback, parameters)
+        except Exception as error:  # noqa: BLE001  (of any code that a transform runs; autograd has run it before)
+            said = [line.strip() for line in str(error).splitlines() if line.strip()]
+            self._refuse(f"torch.func refuses the model ({': '.join([type(error).__name__, *said[:1]])})")
+            return None
+
+    def _serves(
+        self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float
+    ) -> bool:
+        """Return whether torch.func is to be used."""
+        if self._refused:
+            return False
+        count = len(pullback.outputs)
+        if count < 2 or room < 2:
+            why = "no batch had two" if count < 2 else "the gradients of two need more than 64 MiB"
+            self.way = self.way or _one_by_one(why)
+        elif not parameters.keys() <= self._agreed:
+            self._try(batch, pullback, parameters, eps)
+        return count > 1 and room > 1 and parameters.keys() <= self._agreed
+
+    def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], eps: float) -> None:
+        """Compare torch.func with autograd on two samples."""
+        pair = [*company(batch), 1][:2]
+        # one gradient of a sample stands for all: they take the same operations
+        once = replace(pullback, cotangents=[sum(pullback.cotangents[1:], pullback.cotangents[0])])
+        named = {**parameters, **scales(self._model)}
+        wanted = [next(self._single(batch, index, once, named)) for index in pair]
+        largest = max((float(grad.abs().max()) for grads in wanted for grad in grads.values()), default=0.0)
+        if not 0 < largest < float("inf"):
+            self.way = self.way or _one_by_one("the first had no gradient to compare with that of torch.func")
+            return
+        found = self._several(batch, pair, once, parameters)
+        if found is None:
+            return
+        eps = precision(pullback.outputs, max(eps, *(torch.finfo(p.dtype).eps for p in parameters.values())))
+        tolerance = _TOLERANCE if eps <= torch.finfo(torch.float32).eps else _COARSE * eps
+        for name, rows in found[0].items():
+            for row, grads in zip(rows, wanted, strict=True):
+                grad = grads.get(name, torch.zeros_like(row))
+                error = float((row - grad).abs().max()) / max(float(grad.abs().max()), _FLOOR * largest)
+                if not error <= tolerance:
+                    self._refuse(f"torch.func gives another gradient of {name}, off by {error:.1e} of its largest")
+                    return
+        self._agreed |= parameters.keys()
+        self.way = "several samples at a time, by torch.func"
+
+    def _refuse(self, why: str) -> None:
+        self._refused, self.way = True, _one_by_one(why)
+
+
+def _one_by_one(why: str) -> str:
+    return f"one sample at a time: {why}"

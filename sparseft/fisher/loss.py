@@ -23,6 +23,7 @@ Mode = Literal["empirical", "expected", "sampled"]
 Reduction = Literal["mean", "sum", "token"]
 Loss = Callable[[nn.Module, Batch], Tensor]
 
+_IGNORED = -100  # the label of what has none
 _DESCRIPTIONS = {
     "classes": "cross-entropy of the class{3}",
     "multilabel": "binary cross-entropy, {0} over the labels",
@@ -41,11 +42,13 @@ _TOKENS = {
 class Pullback:
     """What to backpropagate: each cotangent through outputs, one after the other; their squares are added up.
 
-    outputs: [N, ...], row n depends on sample n only; cotangents: tensors of its shape.
+    outputs: [N, ...], row n depends on sample n only; cotangents: tensors of its shape; targets: what the outputs were
+    made with, labels that were checked or drawn, with samples first.
     """
 
     outputs: Tensor
     cotangents: list[Tensor]
+    targets: Tensor | None = None
 
     def finite(self) -> Tensor:
         """Return which samples are finite so far: bool [N]."""
@@ -93,9 +96,8 @@ class Objective:
     def __call__(self, model: nn.Module, batch: Batch, positions: list[int]) -> Pullback:
         """Run the model. positions: where the samples stand in the data."""
         if self._loss is not None:
-            by_token = self._reduction == "token"
-            losses = _checked(self._loss(model, self._samples.back(batch)), size(batch), by_token)
-            return _by_token(losses, torch.ones_like(losses, dtype=torch.bool)) if by_token else _all_at_once(losses)
+            losses = self._own_losses(self._loss, model, batch)
+            return Pullback(losses, self._cotangents(losses, torch.ones_like(losses, dtype=torch.bool)))
         inputs, labels = inputs_and_labels(batch)
         if labels is None and self._mode == "empirical":
             raise Refusal(
@@ -111,7 +113,23 @@ class Objective:
             labels = distribution.draw(kind, logits.detach(), inputs, labels, positions, self._seed)
         if labels is None:
             raise Refusal("every batch must hold labels")
-        return self._pullback(kind, logits, labels)
+        targets = self._targets(kind, logits, labels)
+        losses = self._losses(kind, logits, targets)
+        return Pullback(losses, self._cotangents(losses, targets.ne(_IGNORED)), targets)
+
+    def outputs(self, model: nn.Module, batch: Batch, targets: Tensor | None) -> Tensor:
+        """Run the model again, on samples of a batch; return the outputs of its pullback for them.
+
+        targets: of the pullback. Nothing here looks at a value, as transforms of `torch.func` must have it.
+        """
+        if self._loss is not None:
+            return self._own_losses(self._loss, model, batch)
+        labels = inputs_and_labels(batch)[1]
+        logits = self._logits(model, batch, labels)
+        return logits if targets is None else self._losses(kind_of(model, logits, labels), logits, targets)
+
+    def _own_losses(self, loss: Loss, model: nn.Module, batch: Batch) -> Tensor:
+        return _checked(loss(model, self._samples.back(batch)), size(batch), self._reduction == "token")
 
     def _logits(self, model: nn.Module, batch: Batch, labels: Tensor | None) -> Tensor:
         """Return the logits, samples first: a model puts them where the labels have them."""
@@ -125,20 +143,45 @@ class Objective:
             )
         return logits
 
-    def _pullback(self, kind: str, logits: Tensor, labels: Tensor) -> Pullback:
+    def _targets(self, kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+        """Return what the losses take, if the labels fit: classes, int64 [N] or [N, T]; or fp32, like the logits."""
         if kind in ("tokens", "causal"):
-            losses, scored = _token_losses(kind, logits, labels, self._smoothing)
-            if self._reduction == "token":
-                return _by_token(losses, scored)
-            total = losses.sum(1)
-            # a sample without a label has loss 0, not 0 / 0
-            return _all_at_once(total if self._reduction == "sum" else total / scored.sum(1).clamp(min=1))
+            return _token_targets(kind, logits, labels)
         if kind == "classes":
-            targets = _checked_classes(labels.reshape(len(logits)), logits)
-            return _all_at_once(F.cross_entropy(logits, targets, reduction="none", label_smoothing=self._smoothing))
+            return _checked_classes(labels.reshape(len(logits)), logits)
         if self._smoothing:
             raise Refusal(f"label_smoothing is for cross-entropy over classes, got a {kind} head; leave it out")
-        return _all_at_once(_output_losses(kind, logits, labels, likelihood=self._mode == "sampled"))
+        if labels.numel() != logits.numel():
+            raise Refusal(
+                f"labels must have one value an output, shape {list(logits.shape)}, got {list(labels.shape)}; "
+                "check num_labels and problem_type"
+            )
+        return labels.reshape(logits.shape).float()
+
+    def _losses(self, kind: str, logits: Tensor, targets: Tensor) -> Tensor:
+        """Return the losses, fp32 [N], or [N, T] with reduction "token"; 0 where there is no label."""
+        if kind not in ("classes", "tokens", "causal"):
+            return _output_losses(kind, logits, targets, likelihood=self._mode == "sampled")
+        flat = F.cross_entropy(
+            logits.flatten(0, -2), targets.flatten(), reduction="none", label_smoothing=self._smoothing
+        )
+        losses = flat.view(targets.shape)
+        if kind == "classes" or self._reduction == "token":
+            return losses
+        total = losses.sum(1)
+        # a sample without a label has loss 0, not 0 / 0
+        return total if self._reduction == "sum" else total / targets.ne(_IGNORED).sum(1).clamp(min=1)
+
+    def _cotangents(self, losses: Tensor, scored: Tensor) -> list[Tensor]:
+        """Return one for all of a sample, or for each of its tokens that is scored, bool [N, T], one after the other.
+
+        Tokens of one sample share its layers' inputs, in both directions, so each needs a backward pass of its own;
+        those of different samples do not.
+        """
+        if losses.dim() == 1:
+            return [torch.ones_like(losses)]
+        rank = scored.cumsum(1).masked_fill(~scored, 0)
+        return [rank.eq(k).to(losses.dtype) for k in range(1, int(rank.max()) + 1)]
 
     def _describe(self, kind: str) -> str:
         empirical = self._mode == "empirical"
@@ -180,20 +223,6 @@ def _named(loss: Loss) -> str:
     return getattr(loss, "__qualname__", type(loss).__qualname__)
 
 
-def _all_at_once(losses: Tensor) -> Pullback:
-    return Pullback(losses, [torch.ones_like(losses)])
-
-
-def _by_token(losses: Tensor, scored: Tensor) -> Pullback:
-    """Return a cotangent for the first scored token of every sample, one for the second, and so on.
-
-    losses: [N, T], scored: bool [N, T]. Tokens of one sample share its layers' inputs, in both directions, so each
-    needs a backward pass of its own; those of different samples do not.
-    """
-    rank = scored.cumsum(1).masked_fill(~scored, 0)
-    return Pullback(losses, [rank.eq(k).to(losses.dtype) for k in range(1, int(rank.max()) + 1)])
-
-
 def _checked(losses: Any, samples: int, by_token: bool) -> Tensor:
     fits = isinstance(losses, Tensor) and losses.dim() == 1 + by_token and losses.shape[0] == samples
     if not fits:
@@ -215,14 +244,8 @@ def inputs_and_labels(batch: Batch) -> tuple[Any, Tensor | None]:
     return batch, None
 
 
-def _output_losses(kind: str, logits: Tensor, labels: Tensor, likelihood: bool) -> Tensor:
+def _output_losses(kind: str, logits: Tensor, targets: Tensor, likelihood: bool) -> Tensor:
     """Return the loss of each sample over its outputs, fp32 [N]; likelihood: a sum of log-likelihoods, not a mean."""
-    if labels.numel() != logits.numel():
-        raise Refusal(
-            f"labels must have one value an output, shape {list(logits.shape)}, got {list(labels.shape)}; "
-            "check num_labels and problem_type"
-        )
-    targets = labels.reshape(logits.shape).float()
     if kind == "multilabel":
         losses = F.binary_cross_entropy_with_logits(logits, targets, reduction="none").flatten(1)
         return losses.sum(1) if likelihood else losses.mean(1)
@@ -234,7 +257,7 @@ def _checked_classes(targets: Tensor, logits: Tensor) -> Tensor:
     """Return targets as int64, if each is a class of the logits or ignored; a GPU would abort the process instead."""
     low, high = int(targets.min()), int(targets.max())
     classes = logits.shape[-1]
-    if (low < 0 and low != -100) or high >= classes:
+    if (low < 0 and low != _IGNORED) or high >= classes:
         raise Refusal(
             f"labels must be classes from 0 to {classes - 1}, or -100 to ignore one, got {low if low < 0 else high}; "
             "check num_labels and the labels"
@@ -242,15 +265,13 @@ def _checked_classes(targets: Tensor, logits: Tensor) -> Tensor:
     return targets.long()
 
 
-def _token_losses(kind: str, logits: Tensor, labels: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Return the loss of every token, fp32 [N, T], 0 where it has no label, and which have one, bool [N, T]."""
+def _token_targets(kind: str, logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the class that is wanted of each token's logits, int64 [N, T], -100 where there is none."""
     if labels.shape != logits.shape[:-1]:
         raise Refusal(
             f"labels must have one class a token, shape {list(logits.shape[:-1])}, got {list(labels.shape)}; "
             "check the head and the labels, or pass `loss`"
         )
     # shifting the labels, not the logits, saves a copy of the larger of the two
-    targets = F.pad(labels[..., 1:], (0, 1), value=-100) if kind == "causal" else labels
-    flat = _checked_classes(targets.flatten(), logits)
-    losses = F.cross_entropy(logits.flatten(0, -2), flat, reduction="none", label_smoothing=smoothing)
-    return losses.view(len(logits), -1), targets.ne(-100).flatten(1)
+    targets = F.pad(labels[..., 1:], (0, 1), value=_IGNORED) if kind == "causal" else labels
+    return _checked_classes(targets, logits).flatten(1)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Protocol
 
+import torch
 from torch import Tensor, nn
 
 from sparseft.fisher.batches import Batch, take, to_device
 from sparseft.fisher.capture import Capture, Use
 from sparseft.fisher.contribution import Contribution
-from sparseft.fisher.fallback import one_by_one
-from sparseft.fisher.loss import Objective
+from sparseft.fisher.fallback import Fallback
+from sparseft.fisher.loss import Objective, Pullback
 from sparseft.fisher.probe import Plan, compare, probe
 from sparseft.fisher.report import FisherReport
 from sparseft.fisher.tally import mixed
@@ -37,8 +38,8 @@ class Sink(Protocol):
     def receiver(self, uses: list[Use], ignored: Collection[str], positions: list[int]) -> Receiver:
         """Return what takes the contributions of a batch: of its uses, those of ignored parameters left out."""
 
-    def add_single(self, position: int, grads: Mapping[str, Tensor]) -> None:
-        """Add whole gradients of the sample that stands at `position` in the data."""
+    def add_whole(self, positions: list[int], grads: Mapping[str, Tensor]) -> None:
+        """Add whole gradients [n, ...] of the samples that stand at n positions in the data."""
 
 
 class OnePass:
@@ -57,6 +58,7 @@ class OnePass:
         self._model, self._objective, self._parameters, self._report = model, objective, parameters, report
         self._device = next(model.parameters()).device
         self._plan: Plan | None = None
+        self._fallback = Fallback(model, objective)
         self._rules: dict[str, set[str]] = {name: set() for name in parameters}
 
     def rule(self, name: str) -> str:
@@ -91,16 +93,20 @@ class OnePass:
         escaped = {**capture.escaped(pullback.outputs), **mixed(capture.uses)}
         self._note(capture.uses, escaped)
         if pullback.outputs.requires_grad:
+            whole = Pullback(pullback.outputs.detach(), list(pullback.cotangents), pullback.targets)
             receiver = sink.receiver(capture.uses, escaped, positions)
             capture.emit = receiver
             while pullback.cotangents:
                 cotangent = pullback.cotangents.pop(0)
                 capture.backward(pullback.outputs, cotangent, retain_graph=bool(pullback.cotangents))
                 receiver.finish()
-        if escaped:
-            rest = {name: self._parameters[name] for name in escaped}
-            for position, grads in one_by_one(self._model, self._objective, batch, positions, rest):
-                sink.add_single(position, grads)
+            del pullback
+            if escaped and whole.cotangents:
+                rest = {name: self._parameters[name] for name in escaped}
+                eps = max(self._plan.eps, 0.0 if capture.autocast is None else torch.finfo(capture.autocast).eps)
+                for samples, grads in self._fallback.gradients(batch, whole, rest, eps):
+                    sink.add_whole([positions[index] for index in samples], grads)
+                self._report.way = self._fallback.way
         return []
 
     def _note(self, uses: list[Use], escaped: Mapping[str, str]) -> None:

@@ -28,8 +28,9 @@ class FisherReport:
         dropped: where the samples stand that had a non-finite loss or gradient; they count nowhere.
         rules: parameter name -> the rules that served it: "linear", "conv", "experts", "bmm", "embedding",
             "norm", "bias", "elementwise", "data" (a small parameter that is itself the data of an operation),
-            "fallback" (autograd, one sample at a time), or "unused" (the loss does not depend on it).
+            "fallback" (whole gradients of single samples), or "unused" (the loss does not depend on it).
         fallback: parameter name -> why no rule could serve it.
+        way: how the fallback took the samples: several at a time, or one, and why; "" without a fallback.
         aliases: name of a tied parameter -> its other names.
         settings: the options that the scores depend on; "autocast" is among them where it was on: its dtype.
         fingerprint: of the model's weights and buffers.
@@ -42,6 +43,7 @@ class FisherReport:
     dropped: list[int] = field(default_factory=list)
     rules: dict[str, str] = field(default_factory=dict)
     fallback: dict[str, str] = field(default_factory=dict)
+    way: str = ""
     aliases: dict[str, list[str]] = field(default_factory=dict)
     settings: dict[str, str | float] = field(default_factory=dict)
     fingerprint: str = ""
@@ -70,7 +72,9 @@ class FisherReport:
             lines.append(f"run under autocast in {self.settings['autocast']}")
         if self.dropped:
             lines.append(f"dropped as not finite: {len(self.dropped)} samples, at {few(self.dropped)}")
-        lines += [f"one sample at a time: {name} ({reason})" for name, reason in self.fallback.items()]
+        lines += [f"no rule for {name} ({reason})" for name, reason in self.fallback.items()]
+        if self.fallback:
+            lines.append(f"what has no rule: {self.way}")
         lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.aliases.items()]
         return "\n".join(lines)
 
@@ -116,12 +120,12 @@ def in_order(held: Mapping[str, _T], header: Mapping[str, Any]) -> dict[str, _T]
     return {name: held[name] for name in dict.fromkeys([*known, *held])}
 
 
-def warn_of_fallback(fallback: Mapping[str, str], scored: int, stacklevel: int) -> None:
-    """Warn, once for all of them, of parameters that are done one sample at a time; scored: how many there are."""
-    if fallback:
+def warn_of_fallback(report: FisherReport, scored: int, stacklevel: int) -> None:
+    """Warn, once for all of them, of parameters that no rule serves; scored: how many there are in all."""
+    if fallback := report.fallback:
         shown = [f"{name} ({reason})" for name, reason in list(fallback.items())[:_SHOWN]]
         warnings.warn(
-            f"{len(fallback)} of {scored} parameters take the slow path, one sample at a time: {', '.join(shown)}"
+            f"{len(fallback)} of {scored} parameters take the slow path, {report.way}: {', '.join(shown)}"
             f"{', ...' if len(fallback) > _SHOWN else ''}; they are as exact as the others; leave them out "
             "(`names`, or `exclude` of select) if that takes too long; the report, or the mask's info, has all as "
             "`fallback`",

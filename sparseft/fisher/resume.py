@@ -202,6 +202,7 @@ def _mean(earlier: FisherScores, scores: FisherScores) -> FisherScores:
         before.dropped + now.dropped,
         {name: _both(before.rules[name], rule) for name, rule in now.rules.items()},
         {**before.fallback, **now.fallback},
+        now.way or before.way,
         now.aliases,
         # where nothing was left to run, only the earlier ones tell of autocast
         {**before.settings, **now.settings},

@@ -67,12 +67,16 @@ class Squares:
         """Return what adds up the contributions of a batch."""
         return Tally(self._sums, uses, ignored, None if self._norms is None else Scores(self._norms, positions))
 
-    def add_single(self, position: int, grads: Mapping[str, Tensor]) -> None:
-        """Add the squares of one sample's gradients."""
-        for name, grad in grads.items():
-            self._sums[name].addcmul_(grad, grad)
+    def add_whole(self, positions: list[int], grads: Mapping[str, Tensor]) -> None:
+        """Add the squares of some samples' gradients."""
+        for name, rows in grads.items():
+            sums = self._sums[name]
+            for row in rows:
+                sums.addcmul_(row, row)
             if self._norms is not None:
-                self._norms[position] += float(grad.square().sum(dtype=torch.float64))
+                norms = rows.reshape(len(rows), -1).square().sum(1, dtype=torch.float64).tolist()
+                for position, norm in zip(positions, norms, strict=True):
+                    self._norms[position] += norm
 
 
 class Scores:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from sparseft.fisher.columns import ColumnPass
 from sparseft.fisher.loss import Objective
-from sparseft.fisher.report import warn_of_fallback
+from sparseft.fisher.report import FisherReport, warn_of_fallback
 from sparseft.fisher.sample_dim import SampleDim
 from sparseft.mask import Mask
 from sparseft.selection.arguments import checked_figure
@@ -73,9 +73,9 @@ def search(
     pool, held_out = read(data, options.samples, options.held_out if tried else 0.0, turned)
     everyone = _Everyone(model, names, objective, progress)
     norms: dict[int, float] | None = {} if options.sample_score == "all" else None
-    scores, used, fallback = everyone.fisher(pool, norms)
+    scores, used, report = everyone.fisher(pool, norms)
     _check_used(used, pool, options.max_dropped)
-    warn_of_fallback(fallback, len(scores), stacklevel=4)
+    warn_of_fallback(report, len(scores), stacklevel=4)
     start = top_k(scores, density, k=k, scope=scope)
     dropped = sorted(set(pool.positions) - set(used))
     pool = pool.only(used)
@@ -100,7 +100,7 @@ def search(
     more = {
         "samples": path.cells[path.chosen].samples,
         "dropped": dropped,
-        "fallback": fallback,
+        "fallback": report.fallback,
         "capped": found.capped,
         "held_out": held_out.positions,
         "path": path.plain(),
@@ -117,7 +117,7 @@ class _Everyone:
 
     def fisher(
         self, pool: Pool, norms: dict[int, float] | None = None
-    ) -> tuple[dict[str, Tensor], list[int], dict[str, str]]:
+    ) -> tuple[dict[str, Tensor], list[int], FisherReport]:
         return fisher_of(self.model, pool, self.names, self.objective, progress=self.progress, norms=norms)
 
     def largest(self, pool: Pool, counts: list[int], scope: Scope) -> Mapping[str, Tensor]:

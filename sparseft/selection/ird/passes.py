@@ -27,8 +27,8 @@ def fisher_of(
     *,
     progress: bool,
     norms: dict[int, float] | None = None,
-) -> tuple[dict[str, Tensor], list[int], dict[str, str]]:
-    """Return the sum of the samples' squared gradients, name -> fp32, the positions that are in it, and the fallback.
+) -> tuple[dict[str, Tensor], list[int], FisherReport]:
+    """Return the sum of the samples' squared gradients, name -> fp32, the positions that are in it, and how.
 
     What `estimate_fisher` does, for samples that keep their positions in the data: drawn labels depend on them.
 
@@ -60,4 +60,4 @@ def fisher_of(
     used = sorted(ledger.used)
     if norms is not None:
         norms.update((position, max(found[position], 0.0)) for position in used)
-    return ledger.sums, used, report.fallback
+    return ledger.sums, used, report

@@ -1,0 +1,95 @@
+"""Whole gradients of several samples at a time, by `torch.func`: `vmap` over samples of a `vjp` in the parameters."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vjp, vmap
+
+from sparseft.fisher.batches import Batch, each, take, tensors
+from sparseft.fisher.loss import Objective, Pullback
+
+_ROOM = 64 * 2**20  # bytes for the gradients of the samples that are taken at a time
+
+
+def room(parameters: Mapping[str, Tensor], cotangents: int) -> int:
+    """Return how many samples may be taken at a time, for the memory of their gradients; 0 if not even one."""
+    return _ROOM // max(cotangents * sum(4 * parameter.numel() for parameter in parameters.values()), 1)
+
+
+def gradients(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    samples: Sequence[int],
+    pullback: Pullback,
+    parameters: Mapping[str, Tensor],
+) -> list[dict[str, Tensor]]:
+    """Return for each cotangent of a pullback the gradients of some of its samples: name -> fp32 [n, ...].
+
+    Args:
+        model: in evaluation mode.
+        objective: made the pullback.
+        batch: what it was made of.
+        samples: of the batch, by index.
+        pullback: what to pull back.
+        parameters: of the model, by name.
+
+    Raises:
+        Exception: whatever a transform of `torch.func` raises in code that it cannot follow.
+    """
+    part = take(batch, samples)
+    inputs = {path: t for path, t in tensors(part).items() if t.dim() and t.shape[0] == len(samples)}
+    index = torch.tensor(list(samples), device=pullback.outputs.device)
+    call = _Outputs(model, objective)
+    chosen = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+
+    def pulled(inputs: dict[str, Tensor], rest: dict[str, Any]) -> list[dict[str, Tensor]]:
+        one = each(part, lambda tensor, path: inputs[path][None] if path in inputs else tensor)
+        targets = rest["targets"][None] if "targets" in rest else None
+        _, pull, *_ = vjp(lambda chosen: functional_call(call, chosen, (one, targets))[0], chosen)
+        return [pull(cotangent)[0] for cotangent in rest["cotangents"]]
+
+    rest: dict[str, Any] = {"cotangents": [cotangent[index] for cotangent in pullback.cotangents]}
+    if pullback.targets is not None:
+        rest["targets"] = pullback.targets[index]
+    # without grad mode no second graph is recorded, of the parameters that are not chosen
+    with _as_it_is(model), torch.no_grad(), warnings.catch_warnings():
+        # where an operation has no batching rule, it alone runs sample by sample
+        warnings.filterwarnings("ignore", "There is a performance drop")
+        found = vmap(pulled)(inputs, rest)
+    return [{name: grads[f"model.{name}"].float() for name in parameters} for grads in found]
+
+
+class _Outputs(nn.Module):
+    """A module around a model, for `functional_call`: losses may call parts of a model instead of the whole."""
+
+    def __init__(self, model: nn.Module, objective: Objective) -> None:
+        super().__init__()
+        self.model, self._objective = model, objective
+
+    def forward(self, batch: Batch, targets: Tensor | None) -> Tensor:
+        return self._objective.outputs(self.model, batch, targets)
+
+
+@contextmanager
+def _as_it_is(model: nn.Module) -> Iterator[None]:
+    """Undo what modules note in a forward pass, on any way out: a tensor of a transform means nothing after it."""
+    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, buffers in before:
+            _restore(vars(module), attributes)
+            _restore(module._buffers, buffers)
+
+
+def _restore(held: dict[str, Any], before: Mapping[str, Any]) -> None:
+    for name in held.keys() - before.keys():
+        del held[name]
+    held.update(before)
