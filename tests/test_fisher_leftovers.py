@@ -230,6 +230,21 @@ def test_a_wrong_batching_rule_is_noticed():
     assert way.startswith(f"{ALONE}torch.func gives another gradient of inner, off by ")
 
 
+class Shift(Net):
+    # of all logits of a query alike, as a key's bias is: the gradient is zero but for rounding
+    def odd(self, x):
+        keys = x + torch.einsum("nt,d->ntd", torch.ones_like(x[..., 0]), self.inner)
+        return torch.einsum("nts,nsd->ntd", torch.einsum("ntd,nsd->nts", x, keys).softmax(2), x)
+
+
+def test_rounding_is_not_taken_for_a_wrong_rule():
+    torch.manual_seed(0)
+    model = Shift(inner=parameter(H))
+    scores = estimate_fisher(model, batches(), progress=False)
+    assert (set(scores.report.fallback), scores.report.way) == ({"inner"}, TOGETHER)
+    assert_same_scores(scores, batch_one_fisher(model, batches()), noise=("inner",))
+
+
 def chunks(monkeypatch, refuse_at=None):
     """Note how many samples torch.func takes at a time; let it refuse one call."""
     sizes, original = [], vmapped.gradients
