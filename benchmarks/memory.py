@@ -71,10 +71,10 @@ def _of_files(select: Callable[[str, int], Any], path: str, k: int) -> tuple[Cal
     return small, lambda: select(path, k)
 
 
-def _leftovers(run: Callable[..., Any], name: str, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
+def _leftovers(way: Callable[..., Any], name: str, device: str) -> tuple[Callable[[], Any], Callable[[], Any]]:
     model, parameters, full = leftovers.prepared(name, device)
-    few = tuple(part[:2] for part in full)
-    return lambda: run(model, parameters, few), lambda: run(model, parameters, full)
+    run = way(model, parameters)
+    return lambda: run(tuple(part[:2] for part in full)), lambda: run(full)
 
 
 def _steps(

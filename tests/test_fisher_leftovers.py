@@ -178,22 +178,52 @@ def test_gradients_of_each_sample_and_their_norms(name):
     assert list(norms.values()) == pytest.approx(wanted.tolist(), rel=1e-5)
 
 
-class Looks(Net):
-    # at a value, on a way that only longer texts take
+class Measures(Net):
+    # a value, and goes on with it, on a way that only longer texts take
     def odd(self, x):
         y = torch.einsum("ntd,de->nte", x, self.inner)
-        if x.shape[1] > 6 and not y.isfinite().all():
-            raise ValueError("overflow")
-        return y
+        return torch.stack([row / float(row.detach().abs().max()) for row in y]) if x.shape[1] > 6 else y
 
 
-def test_a_model_that_looks_at_values_is_done_one_by_one_from_there_on():
+def test_a_model_that_measures_values_is_done_one_by_one_from_there_on():
     torch.manual_seed(0)
-    model = Looks(inner=parameter(H, H))
+    model = Measures(inner=parameter(H, H))
     short, long, last = (data(4, length, seed=length) for length in (6, 7, 5))
     assert assert_exact(model, [short]).report.way == TOGETHER
     for order in ([long], [short, long, last]):
         assert assert_exact(model, order).report.way.startswith(f"{REFUSED}RuntimeError: vmap: It looks like")
+
+
+class Asks(Net):
+    # and goes a way of its own with texts that end with a small word
+    def odd(self, x):
+        y = torch.einsum("ntd,de->nte", x, self.inner)
+        if len(x) > 1:
+            return torch.stack([self.odd(row[None])[0] for row in x])
+        if not y.isfinite().all():
+            raise ValueError("every value must be finite")
+        last = x[:, -1, :1].detach()
+        return y.tanh() if last.gt(0) or bool((last.abs().sum() * 0).int().item()) else y.sigmoid()
+
+
+@pytest.mark.parametrize("mode", ["empirical", "expected"])
+def test_samples_that_answer_differently_go_apart(monkeypatch, mode):
+    sizes, together = [], vmapped._together
+
+    def noted(model, objective, batch, samples, *rest):
+        found = together(model, objective, batch, samples, *rest)
+        sizes.append(sorted(samples))
+        return found
+
+    monkeypatch.setattr(vmapped, "_together", noted)
+    torch.manual_seed(0)
+    model = Asks(inner=parameter(H, H))
+    ids, labels = data()
+    small = model.embed(ids[:, -1])[:, 0].gt(0)
+    assert 1 < small.sum() < N
+    assert assert_exact(model, [(ids, labels)], mode=mode).report.way == TOGETHER
+    groups = [small.nonzero()[:, 0].tolist(), small.logical_not().nonzero()[:, 0].tolist()]
+    assert sizes == [*groups, *groups]  # when tried, and when used
 
 
 class _Doubled(torch.autograd.Function):
@@ -289,7 +319,7 @@ def test_batches_of_one_sample_have_nothing_to_take_together(monkeypatch):
     assert not sizes
     # one is over: it goes alone, and so do those before the first two
     assert assert_exact(model, [alone[0], (ids[1:4], labels[1:4]), alone[4]]).report.way == TOGETHER
-    assert sizes == [2, 3]
+    assert sizes == [3, 3]  # tried, and used
 
 
 def test_samples_without_a_gradient_tell_nothing(monkeypatch):
@@ -298,7 +328,7 @@ def test_samples_without_a_gradient_tell_nothing(monkeypatch):
     ids, labels = data(6)
     ignored = torch.full_like(labels, -100)
     assert assert_exact(model, [(ids[:2], ignored[:2]), (ids[2:], labels[2:])]).report.way == TOGETHER
-    assert sizes == [2, 4]
+    assert sizes == [4, 4]
     way = assert_exact(model, [(ids, ignored)]).report.way
     assert way == f"{ALONE}the first had no gradient to compare with that of torch.func"
     assert len(sizes) == 2

@@ -22,6 +22,7 @@ from sparseft.fisher.loss import Objective, Pullback
 _TOLERANCE, _COARSE = 5e-6, 16
 # some gradients (of a key's bias) are zero but for rounding: a share of the largest of all
 _FLOOR = 1e-3
+_TRIED, _COMPARED = 8, 2
 _Gradients = dict[str, Tensor]
 
 
@@ -109,27 +110,28 @@ class Fallback:
             why = "no batch had two" if count < 2 else "the gradients of two need more than 64 MiB"
             self.way = self.way or _one_by_one(why)
         elif not parameters.keys() <= self._agreed:
-            self._try(batch, pullback, parameters, eps)
+            self._try(batch, pullback, parameters, room, eps)
         return count > 1 and room > 1 and parameters.keys() <= self._agreed
 
-    def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], eps: float) -> None:
+    def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float) -> None:
         """Compare torch.func with autograd on two samples."""
-        pair = [*company(batch), 1][:2]
+        # some together, as they will be
+        samples = list(dict.fromkeys([*company(batch), *range(len(pullback.outputs))]))[: min(room, _TRIED)]
         # one gradient of a sample stands for all: they take the same operations
         once = replace(pullback, cotangents=[sum(pullback.cotangents[1:], pullback.cotangents[0])])
         named = {**parameters, **scales(self._model)}
-        wanted = [next(self._single(batch, index, once, named)) for index in pair]
+        wanted = [next(self._single(batch, index, once, named)) for index in samples[:_COMPARED]]
         largest = max((float(grad.abs().max()) for grads in wanted for grad in grads.values()), default=0.0)
         if not 0 < largest < float("inf"):
             self.way = self.way or _one_by_one("the first had no gradient to compare with that of torch.func")
             return
-        found = self._several(batch, pair, once, parameters)
+        found = self._several(batch, samples, once, parameters)
         if found is None:
             return
         eps = precision(pullback.outputs, max(eps, *(torch.finfo(p.dtype).eps for p in parameters.values())))
         tolerance = _TOLERANCE if eps <= torch.finfo(torch.float32).eps else _COARSE * eps
         for name, rows in found[0].items():
-            for row, grads in zip(rows, wanted, strict=True):
+            for row, grads in zip(rows[:_COMPARED], wanted, strict=True):
                 grad = grads.get(name, torch.zeros_like(row))
                 error = float((row - grad).abs().max()) / max(float(grad.abs().max()), _FLOOR * largest)
                 if not error <= tolerance:

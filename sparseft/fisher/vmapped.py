@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vjp, vmap
 
+from sparseft.fisher.answers import Answers, Disagreement
 from sparseft.fisher.batches import Batch, each, take, tensors
 from sparseft.fisher.loss import Objective, Pullback
 
@@ -43,6 +44,29 @@ def gradients(
     Raises:
         Exception: whatever a transform of `torch.func` raises in code that it cannot follow.
     """
+    try:
+        return _together(model, objective, batch, samples, pullback, parameters)
+    except Disagreement as error:
+        groups = error.groups
+    apart = [
+        gradients(model, objective, batch, [samples[place] for place in group], pullback, parameters)
+        for group in groups
+    ]
+    order = torch.tensor([place for group in groups for place in group], device=pullback.outputs.device).argsort()
+    return [
+        {name: torch.cat([grads[name] for grads in of_groups])[order] for name in parameters}
+        for of_groups in zip(*apart, strict=True)
+    ]
+
+
+def _together(
+    model: nn.Module,
+    objective: Objective,
+    batch: Batch,
+    samples: Sequence[int],
+    pullback: Pullback,
+    parameters: Mapping[str, Tensor],
+) -> list[dict[str, Tensor]]:
     part = take(batch, samples)
     inputs = {path: t for path, t in tensors(part).items() if t.dim() and t.shape[0] == len(samples)}
     index = torch.tensor(list(samples), device=pullback.outputs.device)
@@ -59,7 +83,7 @@ def gradients(
     if pullback.targets is not None:
         rest["targets"] = pullback.targets[index]
     # without grad mode no second graph is recorded, of the parameters that are not chosen
-    with _as_it_is(model), torch.no_grad(), warnings.catch_warnings():
+    with _as_it_is(model), torch.no_grad(), warnings.catch_warnings(), Answers(len(samples)):
         # where an operation has no batching rule, it alone runs sample by sample
         warnings.filterwarnings("ignore", "There is a performance drop")
         found = vmap(pulled)(inputs, rest)
