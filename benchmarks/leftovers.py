@@ -79,7 +79,7 @@ class Heads(nn.Module):
 
 
 class Padded(nn.Module):
-    """A BERT with weight norm on its feed-forward layers; text ends at the first word 0, which its mask says."""
+    """A BERT with weight norm in its first layer; a text ends at its first word 0, which its mask says."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,8 +94,7 @@ class Padded(nn.Module):
             num_labels=CLASSES,
         )
         self.inner = BertForSequenceClassification(config)
-        for layer in self.inner.bert.encoder.layer:
-            parametrizations.weight_norm(layer.intermediate.dense)
+        parametrizations.weight_norm(self.inner.bert.encoder.layer[0].intermediate.dense)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the logits [N, C]."""
@@ -158,7 +157,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "wav2vec2, weight norm in one layer, 8 x 1 s": (wav2vec2, (8, 16000)),
     "transformer of composed weights, 16 x 64 tokens": (encoder, (16, 64)),
     "raw tensor in einsum, 16 x 64 tokens": (lambda: Texts(Heads(), 256, 256), (16, 64)),
-    "BERT with weight norm, 16 x 64 tokens": (Padded, (16, 64)),
+    "padded BERT, weight norm in one layer, 16 x 64 tokens": (Padded, (16, 64)),
     "LSTM, 16 x 64 tokens": (lambda: Texts(Lstm(), 128, 256), (16, 64)),
 }
 

@@ -293,18 +293,19 @@ def chunks(monkeypatch, refuse_at=None):
 def test_memory_bounds_how_many_samples_are_taken_at_a_time(monkeypatch, mode, gradients):
     sizes = chunks(monkeypatch)
     model, _, _ = made("einsum")
-    monkeypatch.setattr(vmapped, "_ROOM", 2 * gradients * 4 * model.inner.numel() + 3)
+    monkeypatch.setattr(vmapped, "_ROOM", {"cpu": (2 * gradients * 4 * model.inner.numel() + 3, 2)})
     assert assert_exact(model, [data()], mode=mode).report.way == TOGETHER
     assert sizes == [2, 2, 2, 1]  # the first to try
-    monkeypatch.setattr(vmapped, "_ROOM", 2 * gradients * 4 * model.inner.numel() - 1)
-    assert assert_exact(model, [data()], mode=mode).report.way == f"{ALONE}the gradients of two need more than 64 MiB"
+    monkeypatch.setattr(vmapped, "_ROOM", {"cpu": (2 * gradients * 4 * model.inner.numel() - 1, 2)})
+    way = assert_exact(model, [data()], mode=mode).report.way
+    assert way == f"{ALONE}gradients of several at a time would take too much memory"
     assert len(sizes) == 4
 
 
 def test_a_refusal_in_the_middle_of_a_batch_loses_no_sample(monkeypatch):
     sizes = chunks(monkeypatch, refuse_at=3)
     model, _, _ = made("einsum")
-    monkeypatch.setattr(vmapped, "_ROOM", 2 * 4 * model.inner.numel())
+    monkeypatch.setattr(vmapped, "_ROOM", {"cpu": (2 * 4 * model.inner.numel(), 2)})
     way = assert_exact(model, [data(), data(seed=1)]).report.way
     assert way == f"{REFUSED}NotImplementedError: not today)"
     assert sizes == [2, 2, 2]

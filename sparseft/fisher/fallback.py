@@ -59,7 +59,7 @@ class Fallback:
             eps: of the coarsest precision that the model computes in.
         """
         count, done = len(pullback.outputs), 0
-        room = vmapped.room(parameters, len(pullback.cotangents))
+        room = vmapped.room(parameters, len(pullback.cotangents), pullback.outputs.device)
         if self._serves(batch, pullback, parameters, room, eps):
             for start in range(0, count, room):
                 samples = range(start, min(start + room, count))
@@ -106,12 +106,12 @@ class Fallback:
         if self._refused:
             return False
         count = len(pullback.outputs)
-        if count < 2 or room < 2:
-            why = "no batch had two" if count < 2 else "the gradients of two need more than 64 MiB"
+        if count < 2 or not room:
+            why = "no batch had two" if count < 2 else "gradients of several at a time would take too much memory"
             self.way = self.way or _one_by_one(why)
         elif not parameters.keys() <= self._agreed:
             self._try(batch, pullback, parameters, room, eps)
-        return count > 1 and room > 1 and parameters.keys() <= self._agreed
+        return count > 1 and room > 0 and parameters.keys() <= self._agreed
 
     def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float) -> None:
         """Compare torch.func with autograd on two samples."""

@@ -15,12 +15,18 @@ from sparseft.fisher.answers import Answers, Disagreement
 from sparseft.fisher.batches import Batch, each, take, tensors
 from sparseft.fisher.loss import Objective, Pullback
 
-_ROOM = 64 * 2**20  # bytes for the gradients of the samples that are taken at a time
+# Device -> bytes for the gradients of the samples that are taken at a time, and the fewest that this is worth it for.
+# What is spared is the start of operations, of which a GPU has the more; a CPU writes large gradients of many samples
+# to memory, and those of one to its cache.
+_ROOM = {"cpu": (32 * 2**20, 8)}
+_ROOM_OF_GPU = (256 * 2**20, 2)
 
 
-def room(parameters: Mapping[str, Tensor], cotangents: int) -> int:
-    """Return how many samples may be taken at a time, for the memory of their gradients; 0 if not even one."""
-    return _ROOM // max(cotangents * sum(4 * parameter.numel() for parameter in parameters.values()), 1)
+def room(parameters: Mapping[str, Tensor], cotangents: int, device: torch.device) -> int:
+    """Return how many samples are to be taken at a time; 0 if there is no room for as many as are worth it."""
+    size, fewest = _ROOM.get(device.type, _ROOM_OF_GPU)
+    samples = size // max(cotangents * sum(4 * parameter.numel() for parameter in parameters.values()), 1)
+    return samples if samples >= fewest else 0
 
 
 def gradients(
