@@ -10,8 +10,8 @@ import operator
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
 
 _QUESTIONS: dict[Callable[..., Any], Callable[[Any], Any]] = {
@@ -52,7 +52,7 @@ class Answers(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _QUESTIONS:
+        if func in _QUESTIONS and functorch.is_functorch_wrapped_tensor(args[0]):
             answers = [_QUESTIONS[func](value) for value in _values(args[0])]
             if len(answers) in (1, self._samples):
                 if len(set(answers)) == 1:
@@ -64,7 +64,6 @@ class Answers(TorchFunctionMode):
 
 def _values(tensor: Tensor) -> list[Any]:
     """Return what a tensor holds under all transforms."""
-    functorch = torch._C._functorch
     while functorch.is_functorch_wrapped_tensor(tensor):
         tensor = functorch.get_unwrapped(tensor)
     values = tensor.tolist()
