@@ -28,7 +28,8 @@ def test_leftovers(compare, device, name):
         harness.Case("leftovers", name, device=device),
         runs.pop("sparseft"),
         runs,
-        rounds=9,
+        rounds=7,
+        warm=1,
         peaks={key: harness.peak_bytes(way, device, name) for key, way in ways.items()},
     )
 

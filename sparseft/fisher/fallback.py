@@ -79,12 +79,14 @@ class Fallback:
         """Yield the gradients of one sample, name -> fp32, for each cotangent; those that are None left out."""
         targets = None if pullback.targets is None else pullback.targets[index, None]
         outputs = self._objective.outputs(self._model, take(batch, [index]), targets)
-        for cotangent in pullback.cotangents:
+        for left, cotangent in enumerate(pullback.cotangents, 1 - len(pullback.cotangents)):
             row = cotangent[index, None]
             if not outputs.requires_grad or not bool(row.any()):
                 yield {}
                 continue
-            grads = torch.autograd.grad(outputs, list(parameters.values()), row, retain_graph=True, allow_unused=True)
+            grads = torch.autograd.grad(
+                outputs, list(parameters.values()), row, retain_graph=left < 0, allow_unused=True
+            )
             named = zip(parameters, grads, strict=True)
             yield {name: grad.to_dense().float() for name, grad in named if grad is not None}
 
