@@ -6,13 +6,17 @@ alone. Those that do not are told apart, and run again with their like.
 
 from __future__ import annotations
 
+import gc
 import operator
+import weakref
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch._C import _functorch as functorch
 from torch.overrides import TorchFunctionMode
+
+from sparseft.fisher.nest import tensors
 
 _QUESTIONS: dict[Callable[..., Any], Callable[[Any], Any]] = {
     Tensor.__bool__: bool,
@@ -21,10 +25,11 @@ _QUESTIONS: dict[Callable[..., Any], Callable[[Any], Any]] = {
     Tensor.__index__: operator.index,
     Tensor.item: lambda value: value,
 }
+_TEXTS = (Tensor.__repr__, Tensor.__format__)  # which torch gives, but not of a sample's value
 
 
-class Disagreement(Exception):
-    """Some samples say yes, and others no.
+class Disagreement(BaseException):
+    """Some samples say yes, and others no. A model that catches errors must not take this for one.
 
     Attributes:
         groups: those that agree, by their places.
@@ -48,18 +53,53 @@ class Answers(TorchFunctionMode):
     def __init__(self, samples: int) -> None:
         super().__init__()
         self._samples = samples
+        self._failure: Callable[[], BaseException] | None = None
+        self._made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        if func in _QUESTIONS and functorch.is_functorch_wrapped_tensor(args[0]):
+        try:
+            result = self._run(func, args, kwargs or {})
+        except Disagreement as error:
+            groups = error.groups
+            self._failure = lambda: _disagreement(groups)
+            raise
+        except Exception as error:
+            said = f"{type(error).__name__}: {error}"
+            self._failure = lambda: RuntimeError(said)
+            raise
+        made = [tensor for tensor in tensors(result) if functorch.is_functorch_wrapped_tensor(tensor)]
+        self._made += map(weakref.ref, made)
+        return result
+
+    def check(self) -> None:
+        """Raise what was raised in the model, and caught there: samples may have gone a way that is not theirs."""
+        if self._failure is not None:
+            raise self._failure()
+
+    def check_gone(self) -> None:
+        """Raise if code keeps tensors of the transform, which has ended."""
+        if any(made() is not None for made in self._made):
+            gc.collect()  # of cycles, which hold nothing for long
+        if any(made() is not None for made in self._made):
+            raise RuntimeError("tensors are kept outside of the model and the loss")
+
+    def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if (func in _QUESTIONS or func in _TEXTS) and functorch.is_functorch_wrapped_tensor(args[0]):
+            if func in _TEXTS:
+                raise RuntimeError("a text is made of a value")
             answers = [_QUESTIONS[func](value) for value in _values(args[0])]
             if len(answers) in (1, self._samples):
                 if len(set(answers)) == 1:
                     return answers[0]
                 if all(isinstance(answer, bool) for answer in answers):
                     raise Disagreement(answers)
-        return func(*args, **(kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def _disagreement(groups: list[list[int]]) -> Disagreement:
+    return Disagreement([place in groups[0] for place in range(sum(map(len, groups)))])
 
 
 def _values(tensor: Tensor) -> list[Any]:

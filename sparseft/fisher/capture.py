@@ -211,6 +211,11 @@ class Capture(TorchFunctionMode):
         """Return whether a tensor is a scored parameter or holds the entries of one."""
         return id(tensor) in self._known
 
+    def name(self, tensor: Tensor) -> str | None:
+        """Return the name of the parameter that a tensor is, or holds entries of."""
+        known = self._known.get(id(tensor))
+        return None if known is None else known.name
+
     def computed(self, *tensors: Tensor | None) -> bool:
         """Return whether one of the tensors has a gradient to pass on: it is computed, and no parameter."""
         return any(tensor is not None and tensor.requires_grad and not self.knows(tensor) for tensor in tensors)

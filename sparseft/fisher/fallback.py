@@ -1,12 +1,13 @@
 """The fallback, for the parameters that no rule captures: whole gradients of single samples. Exact, and slow.
 
-`torch.func` takes several samples at a time where it can. It refuses code that looks at values, and a batching rule
-may be wrong, so it must agree with autograd on two samples first. Where it does not, autograd runs all of them, one
-by one.
+`torch.func` takes several samples at a time where it can. It cannot follow all code, and a batching rule may be wrong,
+so it must agree with autograd on some samples first, where these have a gradient. Where it does not, autograd runs all
+of them, one by one.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -22,7 +23,9 @@ from sparseft.fisher.loss import Objective, Pullback
 _TOLERANCE, _COARSE = 5e-6, 16
 # some gradients (of a key's bias) are zero but for rounding: a share of the largest of all
 _FLOOR = 1e-3
+# samples that are tried together, and of these compared with autograd, at least
 _TRIED, _COMPARED = 8, 2
+_TOGETHER = "several samples at a time, by torch.func"
 _Gradients = dict[str, Tensor]
 
 
@@ -46,32 +49,35 @@ class Fallback:
             self._refuse("torch.func would take the kernels of recurrent layers apart")
 
     def gradients(
-        self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], eps: float
+        self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], composed: int, eps: float
     ) -> Iterator[tuple[Sequence[int], _Gradients]]:
-        """Yield (samples of the batch, by index, and name -> fp32 [n, ...]), for each cotangent of all samples.
+        """Yield (samples of the batch, by index, and name -> fp32 [n, ...]), until all have had all gradients.
 
-        What the loss does not depend on is zero, or not there.
+        There is one for each cotangent. What the loss does not depend on is zero, or not there.
 
         Args:
             batch: of samples whose loss is finite.
             pullback: of the batch.
             parameters: whose gradients, by name.
+            composed: bytes of what is computed from them alone.
             eps: of the coarsest precision that the model computes in.
         """
         count, done = len(pullback.outputs), 0
-        room = vmapped.room(parameters, len(pullback.cotangents), pullback.outputs.device)
-        if self._serves(batch, pullback, parameters, room, eps):
-            for start in range(0, count, room):
-                samples = range(start, min(start + room, count))
-                found = self._several(batch, samples, pullback, parameters)
-                if found is None:
-                    break
-                for grads in found:
-                    yield samples, grads
-                done = samples.stop
-        for index in range(done, count):
-            for grads in self._single(batch, index, pullback, parameters):
-                yield [index], {name: grad[None] for name, grad in grads.items()}
+        room = vmapped.room(parameters, len(pullback.cotangents), composed, pullback.outputs.device)
+        served = self._served(batch, pullback, parameters, room, eps)
+        for start in range(0, count, room) if served else ():
+            samples = range(start, min(start + room, count))
+            found = self._several(batch, samples, pullback, served)
+            if found is None:
+                break
+            for grads in found:
+                yield samples, grads
+            done = samples.stop
+        rest = {name: parameter for name, parameter in parameters.items() if name not in served}
+        for index in range(count):
+            if names := rest if index < done else parameters:
+                for grads in self._single(batch, index, pullback, names):
+                    yield [index], {name: grad[None] for name, grad in grads.items()}
 
     def _single(
         self, batch: Batch, index: int, pullback: Pullback, parameters: Mapping[str, Tensor]
@@ -101,46 +107,62 @@ class Fallback:
             self._refuse(f"torch.func refuses the model ({': '.join([type(error).__name__, *said[:1]])})")
             return None
 
-    def _serves(
+    def _served(
         self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float
-    ) -> bool:
-        """Return whether torch.func is to be used."""
+    ) -> dict[str, Tensor]:
+        """Return the parameters that torch.func is to be used for."""
+        if any(parameter._backward_hooks for parameter in parameters.values()):
+            self._refuse("torch.func runs no hooks on gradients of parameters")
         if self._refused:
-            return False
-        count = len(pullback.outputs)
-        if count < 2 or not room:
-            why = "no batch had two" if count < 2 else "gradients of several at a time would take too much memory"
-            self.way = self.way or _one_by_one(why)
-        elif not parameters.keys() <= self._agreed:
+            return {}
+        if not room:
+            self.way = self.way if self._agreed else _one_by_one("several would take too much memory")
+            return {}
+        if len(pullback.outputs) < 2:
+            self.way = self.way or _one_by_one("no batch had two")
+            return {}
+        if not parameters.keys() <= self._agreed:
             self._try(batch, pullback, parameters, room, eps)
-        return count > 1 and room > 0 and parameters.keys() <= self._agreed
+        served = {name: parameter for name, parameter in parameters.items() if name in self._agreed}
+        if not self._refused:
+            few = "" if len(served) == len(parameters) else "; one at a time for what had no gradient to compare"
+            self.way = f"{_TOGETHER}{few}" if served else _one_by_one("none had a gradient to compare")
+        return {} if self._refused else served
 
     def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float) -> None:
-        """Compare torch.func with autograd on two samples."""
+        """Compare torch.func with autograd on two samples, more if these have no gradient in some parameters."""
         # some together, as they will be
         samples = list(dict.fromkeys([*company(batch), *range(len(pullback.outputs))]))[: min(room, _TRIED)]
         # one gradient of a sample stands for all: they take the same operations
         once = replace(pullback, cotangents=[sum(pullback.cotangents[1:], pullback.cotangents[0])])
         named = {**parameters, **scales(self._model)}
-        wanted = [next(self._single(batch, index, once, named)) for index in samples[:_COMPARED]]
-        largest = max((float(grad.abs().max()) for grads in wanted for grad in grads.values()), default=0.0)
-        if not 0 < largest < float("inf"):
-            self.way = self.way or _one_by_one("the first had no gradient to compare with that of torch.func")
-            return
-        found = self._several(batch, samples, once, parameters)
+        wanted: list[_Gradients] = []
+        largest, told = 0.0, set(self._agreed)
+        for index in samples:
+            if len(wanted) >= _COMPARED and parameters.keys() <= told:
+                break
+            wanted.append(next(self._single(batch, index, once, named)))
+            sizes = {name: float(grad.abs().max()) for name, grad in wanted[-1].items()}
+            if not all(map(math.isfinite, sizes.values())):
+                wanted[-1] = {}
+                continue
+            largest = max(largest, *sizes.values(), 0.0)
+            told |= {name for name, size in sizes.items() if size}
+        told &= parameters.keys()
+        found = self._several(batch, samples, once, parameters) if told else None
         if found is None:
             return
         eps = precision(pullback.outputs, max(eps, *(torch.finfo(p.dtype).eps for p in parameters.values())))
         tolerance = _TOLERANCE if eps <= torch.finfo(torch.float32).eps else _COARSE * eps
-        for name, rows in found[0].items():
-            for row, grads in zip(rows[:_COMPARED], wanted, strict=True):
-                grad = grads.get(name, torch.zeros_like(row))
-                error = float((row - grad).abs().max()) / max(float(grad.abs().max()), _FLOOR * largest)
+        for row, grads in enumerate(wanted):
+            for name in parameters if grads else ():
+                got = found[0][name][row]
+                grad = grads.get(name, torch.zeros_like(got))
+                error = float((got - grad).abs().max()) / max(float(grad.abs().max()), _FLOOR * largest)
                 if not error <= tolerance:
                     self._refuse(f"torch.func gives another gradient of {name}, off by {error:.1e} of its largest")
                     return
-        self._agreed |= parameters.keys()
-        self.way = "several samples at a time, by torch.func"
+        self._agreed |= told
 
     def _refuse(self, why: str) -> None:
         self._refused, self.way = True, _one_by_one(why)

@@ -93,7 +93,7 @@ class OnePass:
         escaped = {**capture.escaped(pullback.outputs), **mixed(capture.uses)}
         self._note(capture.uses, escaped)
         if pullback.outputs.requires_grad:
-            whole = Pullback(pullback.outputs.detach(), list(pullback.cotangents), pullback.targets)
+            whole = Pullback(pullback.outputs.detach(), list(pullback.cotangents if escaped else []), pullback.targets)
             receiver = sink.receiver(capture.uses, escaped, positions)
             capture.emit = receiver
             while pullback.cotangents:
@@ -101,10 +101,11 @@ class OnePass:
                 capture.backward(pullback.outputs, cotangent, retain_graph=bool(pullback.cotangents))
                 receiver.finish()
             del pullback
-            if escaped and whole.cotangents:
+            if whole.cotangents:
                 rest = {name: self._parameters[name] for name in escaped}
                 eps = max(self._plan.eps, 0.0 if capture.autocast is None else torch.finfo(capture.autocast).eps)
-                for samples, grads in self._fallback.gradients(batch, whole, rest, eps):
+                composed = capture.shared.composed.nbytes(rest)
+                for samples, grads in self._fallback.gradients(batch, whole, rest, composed, eps):
                     sink.add_whole([positions[index] for index in samples], grads)
                 self._report.way = self._fallback.way
         return []

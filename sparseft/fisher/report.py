@@ -13,6 +13,7 @@ from torch import Tensor
 from sparseft import files
 
 KIND = "fisher"
+_UNREACHED = "there was no gradient"
 _SHOWN = 3  # parameters that a warning names
 _T = TypeVar("_T")
 
@@ -74,7 +75,7 @@ class FisherReport:
             lines.append(f"dropped as not finite: {len(self.dropped)} samples, at {few(self.dropped)}")
         lines += [f"no rule for {name} ({reason})" for name, reason in self.fallback.items()]
         if self.fallback:
-            lines.append(f"what has no rule: {self.way}")
+            lines.append(f"what has no rule: {self.way or _UNREACHED}")
         lines += [f"tied: {name} = {', '.join(others)}" for name, others in self.aliases.items()]
         return "\n".join(lines)
 
@@ -124,8 +125,9 @@ def warn_of_fallback(report: FisherReport, scored: int, stacklevel: int) -> None
     """Warn, once for all of them, of parameters that no rule serves; scored: how many there are in all."""
     if fallback := report.fallback:
         shown = [f"{name} ({reason})" for name, reason in list(fallback.items())[:_SHOWN]]
+        how = report.way or _UNREACHED
         warnings.warn(
-            f"{len(fallback)} of {scored} parameters take the slow path, {report.way}: {', '.join(shown)}"
+            f"{len(fallback)} of {scored} parameters take the slow path, {how}: {', '.join(shown)}"
             f"{', ...' if len(fallback) > _SHOWN else ''}; they are as exact as the others; leave them out "
             "(`names`, or `exclude` of select) if that takes too long; the report, or the mask's info, has all as "
             "`fallback`",

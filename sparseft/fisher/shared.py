@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sparseft.attention import scaled_dot_product_attention
+from sparseft.fisher.composed import Composed
 from sparseft.fisher.contribution import Contribution, Lookup, Outer, Vector
 from sparseft.fisher.fan_out import FanOut, SharedTensor, copies_of
 from sparseft.fisher.layout import Layout, by_sample
@@ -79,10 +80,12 @@ class Shared:
     Attributes:
         fan_outs: where they meet the batch.
         witness: told what each fan-out receives in a backward pass, [N, ...].
+        composed: what was computed from parameters alone, and not captured.
     """
 
     def __init__(self, capture: Capture) -> None:
         self.fan_outs: list[FanOut] = []
+        self.composed = Composed()
         self.witness: Callable[[FanOut, Tensor], None]
         self._capture: Capture = weakref.proxy(capture)  # which holds this
         self._tensors: dict[int, SharedTensor] = {}
@@ -158,6 +161,8 @@ class Shared:
         alone = origin.source is not Source.BATCH and not origin.fed
         with self._capture.kept() if alone else nullcontext():
             result = self._apply(func, args, kwargs, origin, alone)
+        if not origin.fed:
+            self.composed.note(self._capture.name, (args, kwargs), result)
         if origin.fed:
             self.feed(result)
         return result

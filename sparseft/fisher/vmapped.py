@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch as functorch
 from torch.func import functional_call, vjp, vmap
 
 from sparseft.fisher.answers import Answers, Disagreement
 from sparseft.fisher.batches import Batch, each, take, tensors
+from sparseft.fisher.keepsakes import kept
 from sparseft.fisher.loss import Objective, Pullback
 
 # Device -> bytes for the gradients of the samples that are taken at a time, and the fewest that this is worth it for.
@@ -22,10 +23,14 @@ _ROOM = {"cpu": (32 * 2**20, 8)}
 _ROOM_OF_GPU = (256 * 2**20, 2)
 
 
-def room(parameters: Mapping[str, Tensor], cotangents: int, device: torch.device) -> int:
-    """Return how many samples are to be taken at a time; 0 if there is no room for as many as are worth it."""
+def room(parameters: Mapping[str, Tensor], cotangents: int, composed: int, device: torch.device) -> int:
+    """Return how many samples are to be taken at a time; 0 if there is no room for as many as are worth it.
+
+    composed: bytes of what is computed from these parameters alone; of that, too, each sample has a gradient.
+    """
     size, fewest = _ROOM.get(device.type, _ROOM_OF_GPU)
-    samples = size // max(cotangents * sum(4 * parameter.numel() for parameter in parameters.values()), 1)
+    own = sum(4 * parameter.numel() for parameter in parameters.values())
+    samples = size // max(cotangents * own + composed, 1)
     return samples if samples >= fewest else 0
 
 
@@ -36,6 +41,7 @@ def gradients(
     samples: Sequence[int],
     pullback: Pullback,
     parameters: Mapping[str, Tensor],
+    questions: int = 3,
 ) -> list[dict[str, Tensor]]:
     """Return for each cotangent of a pullback the gradients of some of its samples: name -> fp32 [n, ...].
 
@@ -46,6 +52,7 @@ def gradients(
         samples: of the batch, by index.
         pullback: what to pull back.
         parameters: of the model, by name.
+        questions: how many of the model's questions may tell samples apart, each in two.
 
     Raises:
         Exception: whatever a transform of `torch.func` raises in code that it cannot follow.
@@ -54,8 +61,10 @@ def gradients(
         return _together(model, objective, batch, samples, pullback, parameters)
     except Disagreement as error:
         groups = error.groups
+    if not questions:
+        raise RuntimeError("samples go too many ways")
     apart = [
-        gradients(model, objective, batch, [samples[place] for place in group], pullback, parameters)
+        gradients(model, objective, batch, [samples[place] for place in group], pullback, parameters, questions - 1)
         for group in groups
     ]
     order = torch.tensor([place for group in groups for place in group], device=pullback.outputs.device).argsort()
@@ -88,11 +97,12 @@ def _together(
     rest: dict[str, Any] = {"cotangents": [cotangent[index] for cotangent in pullback.cotangents]}
     if pullback.targets is not None:
         rest["targets"] = pullback.targets[index]
+    answers = Answers(len(samples))
     # without grad mode no second graph is recorded, of the parameters that are not chosen
-    with _as_it_is(model), torch.no_grad(), warnings.catch_warnings(), Answers(len(samples)):
-        # where an operation has no batching rule, it alone runs sample by sample
-        warnings.filterwarnings("ignore", "There is a performance drop")
+    with kept(model, objective), torch.no_grad(), _quiet(), answers:
         found = vmap(pulled)(inputs, rest)
+    answers.check()
+    answers.check_gone()
     return [{name: grads[f"model.{name}"].float() for name in parameters} for grads in found]
 
 
@@ -108,18 +118,10 @@ class _Outputs(nn.Module):
 
 
 @contextmanager
-def _as_it_is(model: nn.Module) -> Iterator[None]:
-    """Undo what modules note in a forward pass, on any way out: a tensor of a transform means nothing after it."""
-    before = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+def _quiet() -> Iterator[None]:
+    """Say nothing of operations without a batching rule: each runs sample by sample, the others do not."""
+    functorch._set_vmap_fallback_warning_enabled(False)  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            _restore(vars(module), attributes)
-            _restore(module._buffers, buffers)
-
-
-def _restore(held: dict[str, Any], before: Mapping[str, Any]) -> None:
-    for name in held.keys() - before.keys():
-        del held[name]
-    held.update(before)
+        functorch._set_vmap_fallback_warning_enabled(True)  # type: ignore[attr-defined]
