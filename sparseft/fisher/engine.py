@@ -45,12 +45,13 @@ def estimate_fisher(
     """Estimate the diagonal of the Fisher information, exactly per sample: `(1/N) sum_n (d loss_n / d theta)^2`.
 
     The result does not depend on batch size, padding or order. The model runs in evaluation mode and is left as it was
-    found: training flags, requires_grad, gradients, buffers, hooks. No per-sample gradient of a matrix is ever stored;
-    memory is that of a forward and backward pass plus the result, and at most as much as the result again: batches
-    are kept, in case a sample's gradient turns out not to be finite, until they take more than it; then a second copy
-    of the sums takes their place, as it does when there was such a sample. A checkpoint takes one more copy while it
-    is written. Activation checkpointing is followed, with `use_reentrant=False`; layers of transformers that are
-    checkpointed in training are checkpointed here too.
+    found: training flags, requires_grad, gradients, buffers, hooks. No per-sample gradient of a matrix is stored, but
+    for parameters that no rule serves: of these, those of one sample are, or of as many as 32 MiB hold (256 MiB on a
+    GPU), with a few copies on their way. Otherwise memory is that of a forward and backward pass plus the result, and
+    at most as much as the result again: batches are kept, in case a sample's gradient turns out not to be finite,
+    until they take more than it; then a second copy of the sums takes their place, as it does when there was such a
+    sample. A checkpoint takes one more copy while it is written. Activation checkpointing is followed, with
+    `use_reentrant=False`; layers of transformers that are checkpointed in training are checkpointed here too.
 
     Under autocast, around the call or inside the model, products are rounded as it rounds them, and scores are fp32
     sums. In bf16 they then agree with those of single samples, run one by one under the same autocast, to 2 % of a

@@ -58,12 +58,18 @@ def _holders(roots: tuple[Any, ...]) -> list[Any]:
             below = [each.__self__, each.__func__]
         elif kind is functools.partial:
             below = [each.func, each.args, each.keywords]
-        if not isinstance(each, (Tensor, type)):
-            own = getattr(each, "__dict__", None)
-            if own is not None:
-                below.append(own)
+        below += _attributes(each)
         stack += [value for value in below if type(value) not in _PLAIN]
     return found
+
+
+def _attributes(each: Any) -> list[Any]:
+    if isinstance(each, (Tensor, type, ModuleType)):
+        return []
+    try:
+        return [vars(each)]
+    except (TypeError, ReferenceError):  # it has none, or is no more
+        return []
 
 
 def _contents(holder: Any) -> Any:
