@@ -6,10 +6,9 @@ alone. Those that do not are told apart, and run again with their like.
 
 from __future__ import annotations
 
-import gc
 import operator
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -45,16 +44,21 @@ class Answers(TorchFunctionMode):
 
     Args:
         samples: how many.
+        replaced: parameters that have another tensor in their place; one that is used nevertheless is an error.
+
+    Attributes:
+        made: tensors of the transform.
 
     Raises:
         Disagreement: they say yes and no. Where they have different numbers, torch's own error is raised.
     """
 
-    def __init__(self, samples: int) -> None:
+    def __init__(self, samples: int, replaced: Mapping[str, Tensor]) -> None:
         super().__init__()
         self._samples = samples
+        self._replaced = {id(tensor): name for name, tensor in replaced.items()}
         self._failure: Callable[[], BaseException] | None = None
-        self._made: list[weakref.ref[Tensor]] = []
+        self.made: list[weakref.ref[Tensor]] = []
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -66,11 +70,11 @@ class Answers(TorchFunctionMode):
             self._failure = lambda: _disagreement(groups)
             raise
         except Exception as error:
-            said = f"{type(error).__name__}: {error}"
+            said = str(error)
             self._failure = lambda: RuntimeError(said)
             raise
         made = [tensor for tensor in tensors(result) if functorch.is_functorch_wrapped_tensor(tensor)]
-        self._made += map(weakref.ref, made)
+        self.made += map(weakref.ref, made)
         return result
 
     def check(self) -> None:
@@ -78,14 +82,11 @@ class Answers(TorchFunctionMode):
         if self._failure is not None:
             raise self._failure()
 
-    def check_gone(self) -> None:
-        """Raise if code keeps tensors of the transform, which has ended."""
-        if any(made() is not None for made in self._made):
-            gc.collect()  # of cycles, which hold nothing for long
-        if any(made() is not None for made in self._made):
-            raise RuntimeError("tensors are kept outside of the model and the loss")
-
     def _run(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if getattr(func, "__name__", "") != "__get__":  # its shape and dtype may be looked at
+            for tensor in tensors((args, kwargs)):
+                if id(tensor) in self._replaced:
+                    raise RuntimeError(f"{self._replaced[id(tensor)]} is held in more than one place")
         if (func in _QUESTIONS or func in _TEXTS) and functorch.is_functorch_wrapped_tensor(args[0]):
             if func in _TEXTS:
                 raise RuntimeError("a text is made of a value")

@@ -21,7 +21,10 @@ class Composed:
     def note(self, name: Callable[[Tensor], str | None], given: Any, result: Any) -> None:
         """Note an operation that sees no input of the model.
 
-        name: tells the name of the parameter that a tensor is or holds entries of, None if it does not.
+        Args:
+            name: tells the name of the parameter that a tensor is or holds entries of, None if it does not.
+            given: what it got, but for what it changes.
+            result: what it made, or changed.
         """
         names: set[str] = set()
         for tensor in tensors(given):

@@ -25,7 +25,7 @@ _TOLERANCE, _COARSE = 5e-6, 16
 _FLOOR = 1e-3
 # samples that are tried together, and of these compared with autograd, at least
 _TRIED, _COMPARED = 8, 2
-_TOGETHER = "several samples at a time, by torch.func"
+_UNTOLD = 3  # batches with nothing to compare after which no other is tried
 _Gradients = dict[str, Tensor]
 
 
@@ -44,6 +44,7 @@ class Fallback:
         self._model, self._objective = model, objective
         self._agreed: set[str] = set()  # parameters for which torch.func and autograd were seen to give the same
         self._refused = False
+        self._untold = 0  # batches that could not tell
         self.way = ""
         if any(isinstance(module, nn.RNNBase) for module in model.modules()):
             self._refuse("torch.func would take the kernels of recurrent layers apart")
@@ -64,20 +65,18 @@ class Fallback:
         """
         count, done = len(pullback.outputs), 0
         room = vmapped.room(parameters, len(pullback.cotangents), composed, pullback.outputs.device)
-        served = self._served(batch, pullback, parameters, room, eps)
-        for start in range(0, count, room) if served else ():
-            samples = range(start, min(start + room, count))
-            found = self._several(batch, samples, pullback, served)
-            if found is None:
-                break
-            for grads in found:
-                yield samples, grads
-            done = samples.stop
-        rest = {name: parameter for name, parameter in parameters.items() if name not in served}
-        for index in range(count):
-            if names := rest if index < done else parameters:
-                for grads in self._single(batch, index, pullback, names):
-                    yield [index], {name: grad[None] for name, grad in grads.items()}
+        if self._serves(batch, pullback, parameters, room, eps):
+            for start in range(0, count, room):
+                samples = range(start, min(start + room, count))
+                found = self._several(batch, samples, pullback, parameters)
+                if found is None:
+                    break
+                for grads in found:
+                    yield samples, grads
+                done = samples.stop
+        for index in range(done, count):
+            for grads in self._single(batch, index, pullback, parameters):
+                yield [index], {name: grad[None] for name, grad in grads.items()}
 
     def _single(
         self, batch: Batch, index: int, pullback: Pullback, parameters: Mapping[str, Tensor]
@@ -102,32 +101,30 @@ class Fallback:
         """Return for each cotangent the gradients of some samples, name -> fp32 [n, ...]; None if that is refused."""
         try:
             return vmapped.gradients(self._model, self._objective, batch, samples, pullback, parameters)
-        except Exception as error:  # noqa: BLE001  (of any code that a transform runs; autograd has run it before)
-            said = [line.strip() for line in str(error).splitlines() if line.strip()]
-            self._refuse(f"torch.func refuses the model ({': '.join([type(error).__name__, *said[:1]])})")
+        except RuntimeError as error:
+            self._refuse(f"torch.func refuses the model ({str(error).splitlines()[0]})")
             return None
 
-    def _served(
+    def _serves(
         self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float
-    ) -> dict[str, Tensor]:
-        """Return the parameters that torch.func is to be used for."""
+    ) -> bool:
+        """Return whether torch.func is to be used."""
         if any(parameter._backward_hooks for parameter in parameters.values()):
             self._refuse("torch.func runs no hooks on gradients of parameters")
         if self._refused:
-            return {}
+            return False
         if not room:
             self.way = self.way if self._agreed else _one_by_one("several would take too much memory")
-            return {}
+            return False
         if len(pullback.outputs) < 2:
             self.way = self.way or _one_by_one("no batch had two")
-            return {}
+            return False
         if not parameters.keys() <= self._agreed:
             self._try(batch, pullback, parameters, room, eps)
-        served = {name: parameter for name, parameter in parameters.items() if name in self._agreed}
-        if not self._refused:
-            few = "" if len(served) == len(parameters) else "; one at a time for what had no gradient to compare"
-            self.way = f"{_TOGETHER}{few}" if served else _one_by_one("none had a gradient to compare")
-        return {} if self._refused else served
+        if self._refused or not parameters.keys() <= self._agreed:
+            return False
+        self.way = "several samples at a time, by torch.func"
+        return True
 
     def _try(self, batch: Batch, pullback: Pullback, parameters: Mapping[str, Tensor], room: int, eps: float) -> None:
         """Compare torch.func with autograd on two samples, more if these have no gradient in some parameters."""
@@ -148,8 +145,14 @@ class Fallback:
                 continue
             largest = max(largest, *sizes.values(), 0.0)
             told |= {name for name, size in sizes.items() if size}
-        told &= parameters.keys()
-        found = self._several(batch, samples, once, parameters) if told else None
+        untold = [name for name in parameters if name not in told]
+        if untold:
+            self._untold += 1
+            self.way = self.way if self._agreed else _one_by_one(f"{untold[0]} had no gradient to compare")
+            if self._untold == _UNTOLD:
+                self._refuse(f"{untold[0]} had no gradient to compare")
+            return
+        found = self._several(batch, samples, once, parameters)
         if found is None:
             return
         eps = precision(pullback.outputs, max(eps, *(torch.finfo(p.dtype).eps for p in parameters.values())))
@@ -162,7 +165,7 @@ class Fallback:
                 if not error <= tolerance:
                     self._refuse(f"torch.func gives another gradient of {name}, off by {error:.1e} of its largest")
                     return
-        self._agreed |= told
+        self._agreed |= parameters.keys()
 
     def _refuse(self, why: str) -> None:
         self._refused, self.way = True, _one_by_one(why)

@@ -162,7 +162,9 @@ class Shared:
         with self._capture.kept() if alone else nullcontext():
             result = self._apply(func, args, kwargs, origin, alone)
         if not origin.fed:
-            self.composed.note(self._capture.name, (args, kwargs), result)
+            changed = changes(func) and bool(args)
+            given = args[1:] if changed else args
+            self.composed.note(self._capture.name, (given, kwargs), args[0] if changed else result)
         if origin.fed:
             self.feed(result)
         return result

@@ -13,7 +13,7 @@ from torch.func import functional_call, vjp, vmap
 
 from sparseft.fisher.answers import Answers, Disagreement
 from sparseft.fisher.batches import Batch, each, take, tensors
-from sparseft.fisher.keepsakes import kept
+from sparseft.fisher.escapes import attributes_kept, released
 from sparseft.fisher.loss import Objective, Pullback
 
 # Device -> bytes for the gradients of the samples that are taken at a time, and the fewest that this is worth it for.
@@ -55,12 +55,22 @@ def gradients(
         questions: how many of the model's questions may tell samples apart, each in two.
 
     Raises:
-        Exception: whatever a transform of `torch.func` raises in code that it cannot follow.
+        RuntimeError: code that a transform of `torch.func` cannot follow, or that keeps tensors of it.
     """
+    answers = Answers(len(samples), parameters)
+    groups, said = None, ""
     try:
-        return _together(model, objective, batch, samples, pullback, parameters)
+        found = _together(model, objective, batch, samples, pullback, parameters, answers)
     except Disagreement as error:
         groups = error.groups
+    except Exception as error:  # noqa: BLE001  (raised below, without the frames that hold tensors)
+        said = f"{type(error).__name__}: {error}".strip()
+    if not released(answers.made):
+        raise RuntimeError("code keeps tensors of a forward pass")
+    if said:
+        raise RuntimeError(said)
+    if groups is None:
+        return found
     if not questions:
         raise RuntimeError("samples go too many ways")
     apart = [
@@ -81,6 +91,7 @@ def _together(
     samples: Sequence[int],
     pullback: Pullback,
     parameters: Mapping[str, Tensor],
+    answers: Answers,
 ) -> list[dict[str, Tensor]]:
     part = take(batch, samples)
     inputs = {path: t for path, t in tensors(part).items() if t.dim() and t.shape[0] == len(samples)}
@@ -97,12 +108,10 @@ def _together(
     rest: dict[str, Any] = {"cotangents": [cotangent[index] for cotangent in pullback.cotangents]}
     if pullback.targets is not None:
         rest["targets"] = pullback.targets[index]
-    answers = Answers(len(samples))
     # without grad mode no second graph is recorded, of the parameters that are not chosen
-    with kept(model, objective), torch.no_grad(), _quiet(), answers:
+    with attributes_kept(model), torch.no_grad(), _quiet(), answers:
         found = vmap(pulled)(inputs, rest)
     answers.check()
-    answers.check_gone()
     return [{name: grads[f"model.{name}"].float() for name in parameters} for grads in found]
 
 
