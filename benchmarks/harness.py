@@ -8,6 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from importlib import metadata
 from importlib.util import find_spec
@@ -79,7 +80,8 @@ def compare(
     """Time an implementation and its baselines in turn, `rounds` times each. What is timed must be checked before.
 
     Load on a shared machine then falls on all of them alike, and each starts with the caches as the others left them,
-    as a step does after a backward pass.
+    as a step does after a backward pass. The heap too: what one gives back to the system, the next must take again, so
+    baselines begin with another one every round. What a call returns is dropped after its time is taken.
 
     Args:
         benchmark: pytest-benchmark's fixture.
@@ -95,18 +97,22 @@ def compare(
     if case.backend == "reference":
         raise RuntimeError(f"{case.op} must be compiled for {case.device} to be measured; build it: pip install -e .")
     seconds: dict[str, list[float]] = {name: [] for name in baselines}
+    order = deque(baselines)
+    returned: list[object] = []
 
     def baselines_in_turn() -> None:
-        for name, call in baselines.items():
+        returned.clear()
+        for name in order:
             for _ in range(warm):
-                call()
-            seconds[name].append(_seconds(call, case.device))
+                baselines[name]()
+            seconds[name].append(_seconds(baselines[name], case.device))
+        order.rotate()
         for _ in range(warm):
             ours()
         _synchronize(case.device)
 
     def ours_to_the_end() -> None:
-        ours()
+        returned.append(ours())
         _synchronize(case.device)
 
     benchmark.pedantic(ours_to_the_end, setup=baselines_in_turn, rounds=rounds)
@@ -183,9 +189,11 @@ def _name(dtype: torch.dtype) -> str:
 def _seconds(call: Call, device: str) -> float:
     _synchronize(device)
     start = time.perf_counter()
-    call()
+    returned = call()
     _synchronize(device)
-    return time.perf_counter() - start
+    seconds = time.perf_counter() - start
+    del returned
+    return seconds
 
 
 def _synchronize(device: str) -> None:

@@ -402,7 +402,7 @@ def test_nothing_is_held_when_the_pass_is_over(monkeypatch):
     gc.disable()
     try:
         estimate_fisher(model, [data(), data()], progress=False)
-        assert len(seen) == 6  # the probe's four, and one a batch
+        assert len(seen) == 4  # the probe's two, and one a batch
         assert not any(capture() is not None for capture in seen)
     finally:
         gc.enable()

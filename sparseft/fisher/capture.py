@@ -35,7 +35,7 @@ from sparseft.fisher.contribution import Contribution
 from sparseft.fisher.fan_out import FanOut, outlets
 from sparseft.fisher.layout import Layout, Rows
 from sparseft.fisher.nest import tensors
-from sparseft.fisher.shared import Origin, Shared, Source, mark, marks
+from sparseft.fisher.shared import Shared, Source, mark, marks
 from sparseft.fisher.transcript import Transcript
 
 RULES: dict[Callable[..., Any], Callable[..., Any]] = {
@@ -117,7 +117,7 @@ class Capture(TorchFunctionMode):
         self._parameters = parameters
         self._known = {id(p): _Known(name, p) for name, p in parameters.items()}
         self._occurrences: dict[str, int] = {}
-        self._origin = Origin(Source.DATA, frozenset())
+        self._source = Source.DATA
         self._claimed: list[Use] = []
         self._transcript: Transcript | None = None  # in a region
         self._entered = 0
@@ -155,13 +155,14 @@ class Capture(TorchFunctionMode):
         self._claimed = []
         if func in _LAYERS and args and self.knows(args[0]):
             args = (self.shared.data(args[0]), *args[1:])
-        self._origin, self._claimed = self.shared.origin(args, kwargs), []
+        origin = self.shared.origin(args, kwargs)
+        self._source, self._claimed = origin.source, []
         rule = RULES.get(func)
         result = None if rule is None else rule(self, *args, **kwargs)
         if result is None:
-            return self.shared.apply(func, args, kwargs, self._origin)
+            return self.shared.apply(func, args, kwargs, origin)
         alone = [use.name for use in self._claimed if use.layout is Layout.ALONE]
-        return self.shared.add(result, self._origin.names.union(alone)) if alone else result
+        return self.shared.add(result, origin.names.union(alone)) if alone else result
 
     def __enter__(self) -> Capture:
         self._entered += 1
@@ -257,7 +258,7 @@ class Capture(TorchFunctionMode):
             return None
         occurrence = self._occurrences.get(known.name, 0)
         self._occurrences[known.name] = occurrence + 1
-        layout = self.policy.layout(known.name, occurrence, tuple(result[:2]), self._origin.source)
+        layout = self.policy.layout(known.name, occurrence, tuple(result[:2]), self._source)
         if layout is None or not (anywhere or layout in (Layout.BATCH, Layout.FLAT)):
             return None
         if self.rows_chosen and len(result) == 2 and layout is not Layout.ALONE:

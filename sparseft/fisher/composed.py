@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -18,16 +18,16 @@ class Composed:
         self._made: dict[int, tuple[weakref.ref[Tensor], frozenset[str]]] = {}
         self._sizes: list[tuple[frozenset[str], int]] = []
 
-    def note(self, name: Callable[[Tensor], str | None], given: Any, result: Any) -> None:
+    def note(self, name: Callable[[Tensor], str | None], given: Sequence[Tensor], result: Any) -> None:
         """Note an operation that sees no input of the model.
 
         Args:
             name: tells the name of the parameter that a tensor is or holds entries of, None if it does not.
-            given: what it got, but for what it changes.
+            given: the tensors that it got, but for what it changes.
             result: what it made, or changed.
         """
         names: set[str] = set()
-        for tensor in tensors(given):
+        for tensor in given:
             if tensor.requires_grad:
                 own = name(tensor)
                 made, of = self._made.get(id(tensor), (None, frozenset()))

@@ -171,5 +171,5 @@ def _sum_runs(values: Tensor, run: Tensor) -> Tensor:
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    # 0 * inf leaves NaN in rows that no gradient reaches
-    return torch.nan_to_num(tensor.flatten(1), 0.0).ne(0).any(1)
+    # 0 * inf leaves NaN in rows that no gradient reaches, and NaN is not greater
+    return tensor.flatten(1).abs().gt(0).any(1)

@@ -34,14 +34,19 @@ def company(batch: Batch) -> list[int]:
     return [0, other] if found[other] else [0]
 
 
-def check_same(before: Tensor, after: Tensor, eps: float) -> None:
-    """Raise if the outputs of a sample differ between two runs of the same shapes, beside others.
+def same(before: Tensor, after: Tensor, eps: float) -> bool:
+    """Return whether the outputs of a sample are the same, but for rounding, in two runs of the same shapes.
 
     eps: the coarsest precision that the model computes in.
     """
     eps = precision(before, eps)
     tolerance = min(_LOSS * eps, max(0.01, eps**0.5))
-    if not torch.allclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True):
+    return torch.allclose(before, after, rtol=tolerance, atol=tolerance, equal_nan=True)
+
+
+def check_same(before: Tensor, after: Tensor, eps: float) -> None:
+    """Raise if the outputs of a sample differ between two runs of the same shapes, beside others."""
+    if not same(before, after, eps):
         raise coupled(f"its value changed from {before.tolist()} to {after.tolist()}")
 
 

@@ -171,9 +171,11 @@ def _scores(
     used, dropped = sorted(ledger.used), sorted(ledger.dropped)
     rules = {name: run.rule(name) for name in ledger.sums}
     sums = {name: total.clone() for name, total in ledger.sums.items()} if copy else ledger.sums
-    for total in sums.values():
-        # a tied weight's cross terms may leave -0.0000001 where 0 is meant
-        total.div_(max(len(used), 1)).clamp_(min=0)
+    for name, total in sums.items():
+        total.div_(max(len(used), 1))
+        if "+" in rules[name]:
+            # a tied weight's cross terms may leave -0.0000001 where 0 is meant
+            total.clamp_(min=0)
     return FisherScores(
         sums, replace(report, loss=objective.description, positions=used, dropped=dropped, rules=rules)
     )

@@ -66,8 +66,9 @@ class Fallback:
         count, done = len(pullback.outputs), 0
         room = vmapped.room(parameters, len(pullback.cotangents), composed, pullback.outputs.device)
         if self._serves(batch, pullback, parameters, room, eps):
-            for start in range(0, count, room):
-                samples = range(start, min(start + room, count))
+            chunks = -(-count // room)
+            for chunk in range(chunks):
+                samples = range(count * chunk // chunks, count * (chunk + 1) // chunks)
                 found = self._several(batch, samples, pullback, parameters)
                 if found is None:
                     break
@@ -100,7 +101,7 @@ class Fallback:
     ) -> list[_Gradients] | None:
         """Return for each cotangent the gradients of some samples, name -> fp32 [n, ...]; None if that is refused."""
         try:
-            return vmapped.gradients(self._model, self._objective, batch, samples, pullback, parameters)
+            return vmapped.Vmapped(self._model, self._objective, batch, pullback, parameters).gradients(samples)
         except RuntimeError as error:
             self._refuse(f"torch.func refuses the model ({str(error).splitlines()[0]})")
             return None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,22 +11,17 @@ from torch import Tensor
 def tensors(nest: Any) -> list[Tensor]:
     """Return the tensors of a nest."""
     found: list[Tensor] = []
-    _collect(nest, found)
+    _collect((nest,), found)
     return found
 
 
-def _collect(nest: Any, found: list[Tensor]) -> None:
+def _collect(parts: Iterable[Any], found: list[Tensor]) -> None:
     # for every operation of the model, so it must be quick
-    if isinstance(nest, Tensor):
-        found.append(nest)
-    elif isinstance(nest, (tuple, list)):
-        for part in nest:
-            if isinstance(part, Tensor):
-                found.append(part)
-            elif isinstance(part, (tuple, list, dict)):
-                _collect(part, found)
-    elif isinstance(nest, dict):
-        _collect(list(nest.values()), found)
+    for part in parts:
+        if isinstance(part, Tensor):
+            found.append(part)
+        elif isinstance(part, (tuple, list, dict)) and part:
+            _collect(part.values() if isinstance(part, dict) else part, found)
 
 
 def replaced(nest: Any, table: Mapping[int, Tensor]) -> Any:

@@ -16,9 +16,8 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from enum import Enum, auto
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -48,15 +47,17 @@ class Source(Enum):
     DATA = auto()  # none has a gradient at all: inputs, masks, constants
 
 
-@dataclass(frozen=True)
-class Origin:
+class Origin(NamedTuple):
     """Where an operation's tensors come from, and the parameters that shared ones among them were computed from.
 
+    given: these tensors; known: those that are parameters.
     fed: one of them has no gradient, but differs from sample to sample: an input, or what was made of inputs alone.
     """
 
     source: Source
     names: frozenset[str]
+    given: Sequence[Tensor] = ()
+    known: Sequence[Tensor] = ()
     fed: bool = False
 
 
@@ -125,16 +126,19 @@ class Shared:
         """Return where the arguments of an operation come from."""
         names: frozenset[str] = frozenset()
         source, fed = Source.DATA, False
-        for tensor in tensors((args, kwargs)):
-            if not tensor.requires_grad:
+        given, known = tensors((args, kwargs)), []
+        for tensor in given:
+            if self._capture.knows(tensor):
+                known.append(tensor)
+            elif not tensor.requires_grad:
                 fed = fed or self._is_fed(tensor)
-            elif not self._capture.knows(tensor):
+            else:
                 shared = self._find(tensor)
                 if shared is None:
                     source = Source.BATCH
                 else:
                     names |= shared.names
-        return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names, fed)
+        return Origin(Source.PARAMETERS if names and source is Source.DATA else source, names, given, known, fed)
 
     def add(self, result: Any, names: frozenset[str]) -> Any:
         """Note that the tensors of a result are shared; return it."""
@@ -163,14 +167,14 @@ class Shared:
             result = self._apply(func, args, kwargs, origin, alone)
         if not origin.fed:
             changed = changes(func) and bool(args)
-            given = args[1:] if changed else args
-            self.composed.note(self._capture.name, (given, kwargs), args[0] if changed else result)
+            given = tensors((args[1:], kwargs)) if changed else origin.given
+            self.composed.note(self._capture.name, given, args[0] if changed else result)
         if origin.fed:
             self.feed(result)
         return result
 
     def _apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin, alone: bool) -> Any:
-        known = [tensor for tensor in tensors((args, kwargs)) if self._capture.knows(tensor)]
+        known = origin.known
         if not known and not origin.names:
             return _FASTER.get(func, func)(*args, **kwargs)
         result = None

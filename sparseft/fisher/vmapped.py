@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -34,85 +35,79 @@ def room(parameters: Mapping[str, Tensor], cotangents: int, composed: int, devic
     return samples if samples >= fewest else 0
 
 
-def gradients(
-    model: nn.Module,
-    objective: Objective,
-    batch: Batch,
-    samples: Sequence[int],
-    pullback: Pullback,
-    parameters: Mapping[str, Tensor],
-    questions: int = 3,
-) -> list[dict[str, Tensor]]:
-    """Return for each cotangent of a pullback the gradients of some of its samples: name -> fp32 [n, ...].
+@dataclass(frozen=True)
+class Vmapped:
+    """Makes gradients of samples of one batch.
 
-    Args:
+    Attributes:
         model: in evaluation mode.
         objective: made the pullback.
         batch: what it was made of.
-        samples: of the batch, by index.
         pullback: what to pull back.
         parameters: of the model, by name.
-        questions: how many of the model's questions may tell samples apart, each in two.
-
-    Raises:
-        RuntimeError: code that a transform of `torch.func` cannot follow, or that keeps tensors of it.
     """
-    answers = Answers(len(samples), parameters)
-    groups, said = None, ""
-    try:
-        found = _together(model, objective, batch, samples, pullback, parameters, answers)
-    except Disagreement as error:
-        groups = error.groups
-    except Exception as error:  # noqa: BLE001  (raised below, without the frames that hold tensors)
-        said = f"{type(error).__name__}: {error}".strip()
-    if not released(answers.made):
-        raise RuntimeError("code keeps tensors of a forward pass")
-    if said:
-        raise RuntimeError(said)
-    if groups is None:
-        return found
-    if not questions:
-        raise RuntimeError("samples go too many ways")
-    apart = [
-        gradients(model, objective, batch, [samples[place] for place in group], pullback, parameters, questions - 1)
-        for group in groups
-    ]
-    order = torch.tensor([place for group in groups for place in group], device=pullback.outputs.device).argsort()
-    return [
-        {name: torch.cat([grads[name] for grads in of_groups])[order] for name in parameters}
-        for of_groups in zip(*apart, strict=True)
-    ]
 
+    model: nn.Module
+    objective: Objective
+    batch: Batch
+    pullback: Pullback
+    parameters: Mapping[str, Tensor]
 
-def _together(
-    model: nn.Module,
-    objective: Objective,
-    batch: Batch,
-    samples: Sequence[int],
-    pullback: Pullback,
-    parameters: Mapping[str, Tensor],
-    answers: Answers,
-) -> list[dict[str, Tensor]]:
-    part = take(batch, samples)
-    inputs = {path: t for path, t in tensors(part).items() if t.dim() and t.shape[0] == len(samples)}
-    index = torch.tensor(list(samples), device=pullback.outputs.device)
-    call = _Outputs(model, objective)
-    chosen = {f"model.{name}": parameter.detach() for name, parameter in parameters.items()}
+    def gradients(self, samples: Sequence[int], questions: int = 3) -> list[dict[str, Tensor]]:
+        """Return for each cotangent of the pullback the gradients of some samples: name -> fp32 [n, ...].
 
-    def pulled(inputs: dict[str, Tensor], rest: dict[str, Any]) -> list[dict[str, Tensor]]:
-        one = each(part, lambda tensor, path: inputs[path][None] if path in inputs else tensor)
-        targets = rest["targets"][None] if "targets" in rest else None
-        _, pull, *_ = vjp(lambda chosen: functional_call(call, chosen, (one, targets))[0], chosen)
-        return [pull(cotangent)[0] for cotangent in rest["cotangents"]]
+        Args:
+            samples: of the batch, by index.
+            questions: how many of the model's questions may tell samples apart, each in two.
 
-    rest: dict[str, Any] = {"cotangents": [cotangent[index] for cotangent in pullback.cotangents]}
-    if pullback.targets is not None:
-        rest["targets"] = pullback.targets[index]
-    # without grad mode no second graph is recorded, of the parameters that are not chosen
-    with attributes_kept(model), torch.no_grad(), _quiet(), answers:
-        found = vmap(pulled)(inputs, rest)
-    answers.check()
-    return [{name: grads[f"model.{name}"].float() for name in parameters} for grads in found]
+        Raises:
+            RuntimeError: code that a transform of `torch.func` cannot follow, or that keeps tensors of it.
+        """
+        answers = Answers(len(samples), self.parameters)
+        groups, said = None, ""
+        try:
+            found = self._together(samples, answers)
+        except Disagreement as error:
+            groups = error.groups
+        except Exception as error:  # noqa: BLE001  (raised below, without the frames that hold tensors)
+            said = f"{type(error).__name__}: {error}".strip()
+        if not released(answers.made):
+            raise RuntimeError("code keeps tensors of a forward pass")
+        if said:
+            raise RuntimeError(said)
+        if groups is None:
+            return found
+        if not questions:
+            raise RuntimeError("samples go too many ways")
+        apart = [self.gradients([samples[place] for place in group], questions - 1) for group in groups]
+        places = [place for group in groups for place in group]
+        order = torch.tensor(places, device=self.pullback.outputs.device).argsort()
+        return [
+            {name: torch.cat([grads[name] for grads in of_groups])[order] for name in self.parameters}
+            for of_groups in zip(*apart, strict=True)
+        ]
+
+    def _together(self, samples: Sequence[int], answers: Answers) -> list[dict[str, Tensor]]:
+        part, pullback = take(self.batch, samples), self.pullback
+        inputs = {path: t for path, t in tensors(part).items() if t.dim() and t.shape[0] == len(samples)}
+        index = torch.tensor(list(samples), device=pullback.outputs.device)
+        call = _Outputs(self.model, self.objective)
+        chosen = {f"model.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+
+        def pulled(inputs: dict[str, Tensor], rest: dict[str, Any]) -> list[dict[str, Tensor]]:
+            one = each(part, lambda tensor, path: inputs[path][None] if path in inputs else tensor)
+            targets = rest["targets"][None] if "targets" in rest else None
+            _, pull, *_ = vjp(lambda chosen: functional_call(call, chosen, (one, targets))[0], chosen)
+            return [pull(cotangent)[0] for cotangent in rest["cotangents"]]
+
+        rest: dict[str, Any] = {"cotangents": [cotangent[index] for cotangent in pullback.cotangents]}
+        if pullback.targets is not None:
+            rest["targets"] = pullback.targets[index]
+        # without grad mode no second graph is recorded, of the parameters that are not chosen
+        with attributes_kept(self.model), torch.no_grad(), _quiet(), answers:
+            found = vmap(pulled)(inputs, rest)
+        answers.check()
+        return [{name: grads[f"model.{name}"].float() for name in self.parameters} for grads in found]
 
 
 class _Outputs(nn.Module):
