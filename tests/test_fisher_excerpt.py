@@ -49,8 +49,18 @@ def test_what_an_excerpt_cannot_show_is_looked_at_whole():
     assert not scores.report.fallback
 
 
+def test_samples_that_begin_alike_are_shown_where_they_differ():
+    ids = torch.ones(3, 40, dtype=torch.long)
+    ids[2, 20:] = torch.arange(20)
+    cut = excerpt({"input_ids": ids, "labels": torch.zeros(3)})
+    assert cut is not None
+    torch.testing.assert_close(cut["input_ids"], ids[:, 16:24])
+    assert excerpt({"input_ids": ids[:2], "labels": torch.zeros(2)}) is None
+    assert excerpt({"input_ids": ids[:1], "labels": torch.zeros(1)}) is not None
+
+
 def test_only_what_is_known_to_run_along_tokens_is_cut():
-    ids = torch.ones(2, 40, dtype=torch.long)
+    ids = torch.arange(80).view(2, 40)
     cut = excerpt({"input_ids": ids, "labels": torch.tensor([0, 1]), "weights": torch.ones(2, 3)})
     assert cut is not None
     assert [list(value.shape) for value in cut.values()] == [[2, 8], [2], [2, 3]]

@@ -16,7 +16,7 @@ def excerpt(batch: Batch) -> Batch | None:
     """Return the batch with the same window of 8 tokens cut out of every sample; None if it cannot be cut.
 
     It can where token ids [N, T] and what lies beside them are the only inputs of that length. In the window no sample
-    is padded and, where labels are given by token, each has two of them.
+    is padded, not all are the same, as in the words of a template, and, where labels are given by token, each has two.
     """
     ids = batch.get("input_ids") if isinstance(batch, Mapping) else None
     if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.shape[1] < 2 * _TOKENS:
@@ -29,6 +29,7 @@ def excerpt(batch: Batch) -> Batch | None:
         window = slice(start, start + _TOKENS)
         whole = "attention_mask" not in sized or bool(batch["attention_mask"][:, window].ne(0).all())
         labelled = "labels" not in sized or bool((batch["labels"][:, window].ne(-100).sum(1) >= 2).all())
-        if whole and labelled:
+        differ = len(ids) == 1 or bool(ids[1:, window].ne(ids[:1, window]).any())
+        if whole and labelled and differ:
             return {key: value[:, window] if key in sized else value for key, value in batch.items()}
     return None
