@@ -66,9 +66,8 @@ class Fallback:
         count, done = len(pullback.outputs), 0
         room = vmapped.room(parameters, len(pullback.cotangents), composed, pullback.outputs.device)
         if self._serves(batch, pullback, parameters, room, eps):
-            chunks = -(-count // room)
-            for chunk in range(chunks):
-                samples = range(count * chunk // chunks, count * (chunk + 1) // chunks)
+            for start in range(0, count, room):
+                samples = range(start, min(start + room, count))
                 found = self._several(batch, samples, pullback, parameters)
                 if found is None:
                     break
