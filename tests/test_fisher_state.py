@@ -305,6 +305,22 @@ def test_the_same_dependence_with_a_gradient_is_refused(kind):
         estimate_fisher(Detached(kind, attached=True), [(X, Y)], progress=False)
 
 
+class Otherwise(Detached):
+    # without gradients another kernel serves: it rounds otherwise, and coarsely
+    def forward(self, x):
+        y = super().forward(x)
+        return y if torch.is_grad_enabled() else 1.001 * y
+
+
+def test_a_sample_beside_itself_that_rounds_otherwise_is_run_again():
+    model = Otherwise("none")
+    scores = estimate_fisher(model, [(X, Y)], progress=False)
+    for name, value in batch_one_fisher(model, [(X, Y)]).items():
+        torch.testing.assert_close(scores[name], value)
+    with pytest.raises(ValueError, match="that sample alone"):
+        estimate_fisher(Otherwise("mean"), [(X, Y)], progress=False)
+
+
 def test_a_dependence_on_the_labels_of_others_is_refused():
     with pytest.raises(ValueError, match="that sample alone"):
         estimate_fisher(Detached("none"), [(X, torch.tensor([0, 0, 0, 1, 1]))], loss=weighted_by_class, progress=False)
