@@ -1,7 +1,8 @@
-"""Attention on the CPU: where torch's own leaves most of the processor idle, that of this package.
+"""Attention of the Fisher pass on the CPU: its backward leaves out queries whose gradient is zero.
 
-torch's computes its small products by MKL, see products.py. Here they are those of the Fisher kernel, and queries
-whose gradient is zero are left out.
+In the last layer of a classifier these are all but one of each sample's. And torch's own kernels leave most of some
+processors idle: their small products are MKL's, see products.py. There those of this package serve, whose products are
+the Fisher kernel's.
 """
 
 from __future__ import annotations
@@ -17,6 +18,11 @@ from torch.autograd.function import once_differentiable
 from sparseft import ops
 from sparseft.products import prefer_onednn
 
+# torch's kernels, which scaled_dot_product_attention takes in most cases: called by name, backward can be given fewer
+# queries than forward had
+_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+
 
 class _Attention(torch.autograd.Function):
     """softmax(scale * query @ key.T + bias) @ value."""
@@ -25,17 +31,71 @@ class _Attention(torch.autograd.Function):
     def forward(
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool
     ) -> Tensor:
-        out, log_sums = torch.ops.sparseft.attention(query, key, value, bias, scale, causal)
-        ctx.save_for_backward(query, key, value, bias, log_sums)
+        out, log_sums = _attend(query, key, value, bias, scale, causal)
+        ctx.save_for_backward(query, key, value, bias, out, log_sums)
         ctx.scale, ctx.causal = scale, causal
-        result: Tensor = out
-        return result
+        return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        gradients = torch.ops.sparseft.attention_backward(out_gradient, *ctx.saved_tensors, ctx.scale, ctx.causal)
-        return (*gradients, None, None, None)
+        query, key, value, bias, out, log_sums = ctx.saved_tensors
+        live = None if ctx.causal else _live_queries(out_gradient)
+        if live is None:
+            gradients = _pull_back(out_gradient, query, key, value, bias, out, log_sums, ctx.scale, ctx.causal)
+            return (*gradients, None, None, None)
+        few = [None if tensor is None else tensor.index_select(2, live) for tensor in (query, bias, out, log_sums)]
+        gradient, *others = _pull_back(
+            out_gradient.index_select(2, live), few[0], key, value, *few[1:], ctx.scale, ctx.causal
+        )
+        whole = torch.zeros_like(query).index_copy_(2, live, gradient)
+        return (whole, *others, None, None, None)
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, causal: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the output [N, H, T, D] and the logarithms of the sums of exponentials [N, H, T]."""
+    if prefer_onednn():
+        out, log_sums = torch.ops.sparseft.attention(query, key, value, bias, scale, causal)
+    else:
+        out, log_sums = _flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+    return out, log_sums
+
+
+def _pull_back(
+    out_gradient: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    log_sums: Tensor,
+    scale: float,
+    causal: bool,
+) -> tuple[Tensor, ...]:
+    """Return the gradients of queries, keys and values."""
+    if prefer_onednn():
+        log_sums = log_sums.contiguous()
+        gradients = torch.ops.sparseft.attention_backward(
+            out_gradient, query, key, value, bias, log_sums, scale, causal
+        )
+    else:
+        gradients = _flash_backward(
+            out_gradient, query, key, value, out, log_sums, 0.0, causal, attn_mask=bias, scale=scale
+        )
+    return tuple(gradients)
+
+
+def _live_queries(out_gradient: Tensor) -> Tensor | None:
+    """Return which queries have a gradient in some sample; None where leaving out the rest would gain little."""
+    # the first feature tells of most queries
+    if 4 * int(out_gradient[..., 0].count_nonzero()) > out_gradient[..., 0].numel():
+        return None
+    live = out_gradient.any(3).any(1).any(0)
+    live[0] = True  # one at least: kernels refuse none
+    found = live.nonzero()[:, 0]
+    return found if 4 * len(found) <= len(live) else None
 
 
 def scaled_dot_product_attention(
@@ -48,10 +108,7 @@ def scaled_dot_product_attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """Do what torch's function of this name does, by whichever of the two is faster; to fp32 accuracy the same.
-
-    Of a query that sees no key the output is zero.
-    """
+    """Do what torch's function of this name does; to fp32 accuracy the same."""
     if dropout_p == 0 and _served(query, key, value, attn_mask, is_causal, enable_gqa):
         scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
         bias = None if attn_mask is None else _bias(attn_mask).expand(*query.shape[:3], key.shape[2])
@@ -63,21 +120,28 @@ def scaled_dot_product_attention(
 
 
 def _served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, grouped: bool) -> bool:
-    """Return whether the op of this package takes these arguments, and is faster."""
+    """Return whether these arguments are taken here; else torch's own function does what it would."""
     tensors = (query, key, value)
-    # in plain PyTorch, which serves where nothing is compiled, all scores would be stored
-    if ops.SERVED_BY["attention"]["cpu"] != "c++":
-        return False
-    if not prefer_onednn() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
         return False
     if not all(t.device.type == "cpu" and t.dtype == torch.float32 and t.dim() == 4 and t.numel() for t in tensors):
         return False
-    heads, sources = query.shape[1], key.shape[1]
-    if heads != sources and not (grouped and heads % sources == 0):
-        return False
     if key.shape[:3] != value.shape[:3] or query.shape[0] != key.shape[0] or query.shape[3] != key.shape[3]:
         return False
-    return mask is None or (not causal and not mask.requires_grad and mask.dtype in (torch.float32, torch.bool))
+    if mask is not None and (causal or mask.requires_grad or mask.dtype not in (torch.float32, torch.bool)):
+        return False
+    heads, sources = query.shape[1], key.shape[1]
+    if prefer_onednn():
+        # in plain PyTorch, which serves where nothing is compiled, all scores would be stored
+        return ops.SERVED_BY["attention"]["cpu"] == "c++" and (heads == sources or grouped and heads % sources == 0)
+    # where torch takes these kernels itself
+    return (
+        _flash is not None
+        and torch.backends.cuda.flash_sdp_enabled()  # it counts on the CPU too
+        and heads == sources
+        and query.shape[3] == value.shape[3]
+        and all(tensor.stride(3) == 1 for tensor in tensors)
+    )
 
 
 def _bias(mask: Tensor) -> Tensor:

@@ -40,11 +40,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         return unviewed
     y = x.new_empty(shape)
     out = y.view(len(rows), weight.shape[0])
-    if bias is None:
-        torch.mm(rows, weight.T, out=out)
-    else:
+    if bias is not None and not (x.device.type == "cpu" and x.dtype == torch.float32):
         torch.addmm(bias, rows, weight.T, out=out)
-    return y
+        return y
+    torch.mm(rows, weight.T, out=out)
+    # on the CPU addmm copies the bias to every row first, and the product reads all of it again
+    return y if bias is None else y.add_(bias)
 
 
 def input_gradient(dy: Tensor, weight: Tensor) -> Tensor:

@@ -12,9 +12,15 @@ if ops.SERVED_BY["attention"]["cpu"] == "reference":
     pytest.skip("the C++ extension is not built", allow_module_level=True)
 
 
-@pytest.fixture(autouse=True)
-def anywhere(monkeypatch):
-    """Serve it on processors, too, for which torch's own is fast."""
+@pytest.fixture(params=["ours", "torch"])
+def both(request, monkeypatch):
+    """Take the kernels of this package, and those of torch, whatever the processor."""
+    monkeypatch.setattr(attention, "prefer_onednn", lambda: request.param == "ours")
+
+
+@pytest.fixture
+def ours(monkeypatch):
+    """Take the kernels of this package on processors, too, for which torch's are fast."""
     monkeypatch.setattr(attention, "prefer_onednn", lambda: True)
 
 
@@ -65,14 +71,14 @@ def assert_as_torch(tensors, generator, **options):
 
 @pytest.mark.parametrize("sizes", [(2, 5, 3), (1, 33, 2), (3, 64, 1), (2, 150, 2)], ids=str)
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}, {"scale": 0.3}], ids=str)
-def test_as_torch(generator, served, threads, sizes, options):
+def test_as_torch(generator, both, served, threads, sizes, options):
     assert_as_torch(heads(generator, *sizes), generator, **options)
     assert len(served) == 1
 
 
 @pytest.mark.parametrize("shape", [(2, 3, 20, 20), (2, 1, 1, 20), (20, 20), (1, 3, 20, 1), (1, 1, 20, 20)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.bool, torch.float32], ids=str)
-def test_masks(generator, served, shape, dtype):
+def test_masks(generator, both, served, shape, dtype):
     mask = torch.randn(shape, generator=generator)
     if dtype == torch.bool:
         mask = (mask > 0).index_fill_(-1, torch.tensor([0]), True)  # torch does not say what a query without keys gets
@@ -80,7 +86,7 @@ def test_masks(generator, served, shape, dtype):
     assert len(served) == 1
 
 
-def test_heads_that_share_keys(generator, served):
+def test_heads_that_share_keys(generator, ours, served):
     query, key, value = (torch.randn(2, count, 40, 8, generator=generator).requires_grad_() for count in (6, 2, 2))
     assert_as_torch([query, key, value], generator, enable_gqa=True, is_causal=True)
     assert len(served) == 1
@@ -89,7 +95,7 @@ def test_heads_that_share_keys(generator, served):
     assert len(served) == 1
 
 
-def test_other_numbers_of_keys_and_features_any_strides(generator, served):
+def test_other_numbers_of_keys_and_features_any_strides(generator, ours, served):
     query = torch.randn(2, 3, 16, 50, generator=generator).mT.requires_grad_()
     key = torch.randn(3, 2, 31, 16, generator=generator).transpose(0, 1).requires_grad_()
     value = torch.randn(2, 3, 31, 22, generator=generator)[..., ::2].requires_grad_()
@@ -97,12 +103,12 @@ def test_other_numbers_of_keys_and_features_any_strides(generator, served):
     assert len(served) == 1
 
 
-def test_scores_that_would_overflow(generator):
+def test_scores_that_would_overflow(generator, both):
     query, key, value = heads(generator, 1, 40, 2)
     assert_as_torch([(1000 * tensor).detach().requires_grad_() for tensor in (query, key)] + [value], generator)
 
 
-def test_queries_that_see_nothing_are_zero(generator):
+def test_queries_that_see_nothing_are_zero(generator, both):
     query, key, value = heads(generator, 1, 8, 2)
     mask = torch.ones(8, 8, dtype=torch.bool)
     mask[3] = False
@@ -113,7 +119,7 @@ def test_queries_that_see_nothing_are_zero(generator):
 
 @pytest.mark.parametrize("which", ["query", "key", "value"])
 @pytest.mark.parametrize("number", [float("nan"), float("inf")])
-def test_what_is_not_finite_shows(generator, which, number):
+def test_what_is_not_finite_shows(generator, both, which, number):
     tensors = dict(zip(("query", "key", "value"), heads(generator, 2, 40, 2), strict=True))
     changed = tensors[which].detach().clone()
     changed[1, 0, 7, 3] = number
@@ -123,19 +129,40 @@ def test_what_is_not_finite_shows(generator, which, number):
     assert not out[1, 0].isfinite().all()
 
 
-def test_queries_without_a_gradient_are_left_out(generator):
-    tensors = heads(generator, 2, 100, 2)
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("queries", [[70], [0, 3, 99], range(25), range(26), []], ids=str)
+def test_queries_without_a_gradient_are_left_out(generator, both, monkeypatch, queries, masked):
+    tensors, sizes = heads(generator, 2, 100, 2), []
+    mask = torch.randn(2, 1, 100, 100, generator=generator) if masked else None
     dy = torch.zeros(2, 2, 100, 16)
-    dy[:, :, 70] = torch.randn(2, 2, 16, generator=generator)
-    out = attention.scaled_dot_product_attention(*tensors)
-    got = torch.autograd.grad(out, tensors, dy)
-    assert torch.equal(got[0][:, :, :64], torch.zeros(2, 2, 64, 16))
-    wanted = gradients(F.scaled_dot_product_attention, tensors, dy)[1:]
+    dy[:, :, queries] = torch.randn(2, 2, len(queries), 16, generator=generator)
+    pull_back = attention._pull_back
+
+    def noted(*args):
+        sizes.append(args[1].shape[2])
+        return pull_back(*args)
+
+    monkeypatch.setattr(attention, "_pull_back", noted)
+    got = gradients(attention.scaled_dot_product_attention, tensors, dy, attn_mask=mask)
+    # the first counts as one of them always
+    assert sizes == [len({0, *queries}) if len({0, *queries}) <= 25 else 100]
+    rest = [query for query in range(100) if query not in queries]
+    assert torch.equal(got[1][:, :, rest], torch.zeros(2, 2, len(rest), 16))
+    wanted = gradients(F.scaled_dot_product_attention, tensors, dy, attn_mask=mask)
     for one, want in zip(got, wanted, strict=True):
         torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-6)
 
 
-def test_results_do_not_depend_on_the_number_of_threads(generator):
+def test_a_query_that_no_first_feature_tells_of_counts(generator, both):
+    tensors = heads(generator, 2, 40, 2)
+    dy = torch.zeros(2, 2, 40, 16)
+    dy[1, 1, :, 7] = 1
+    wanted = gradients(F.scaled_dot_product_attention, tensors, dy)
+    for one, want in zip(gradients(attention.scaled_dot_product_attention, tensors, dy), wanted, strict=True):
+        torch.testing.assert_close(one, want, rtol=1e-5, atol=1e-6)
+
+
+def test_results_do_not_depend_on_the_number_of_threads(generator, ours):
     tensors, results = heads(generator, 3, 70, 5), []
     before = torch.get_num_threads()
     for count in (1, 2, 4):
@@ -157,7 +184,8 @@ def test_results_do_not_depend_on_the_number_of_threads(generator):
     ],
     ids=str,
 )
-def test_the_rest_is_left_to_torch(generator, served, change):
+def test_the_rest_is_left_to_torch(generator, both, served, change):
+    change = dict(change)
     dtype, three = change.pop("dtype", torch.float32), change.pop("three_dimensions", False)
     tensors = [tensor.to(dtype) for tensor in heads(generator, 2, 8, 2)]
     if three:
@@ -169,22 +197,32 @@ def test_the_rest_is_left_to_torch(generator, served, change):
     assert served == []
 
 
-def test_under_autocast_and_where_torch_is_fast_it_is_left_to_torch(generator, served, monkeypatch):
-    tensors = heads(generator, 2, 8, 2)
+def test_under_autocast_it_is_left_to_torch(generator, both, served):
     with torch.autocast("cpu"):
-        assert attention.scaled_dot_product_attention(*tensors).dtype == torch.bfloat16
-    monkeypatch.setattr(attention, "prefer_onednn", lambda: False)
-    attention.scaled_dot_product_attention(*tensors)
+        assert attention.scaled_dot_product_attention(*heads(generator, 2, 8, 2)).dtype == torch.bfloat16
     assert served == []
 
 
-def test_without_the_extension_it_is_left_to_torch(generator, served, monkeypatch):
+def test_where_torch_would_take_other_kernels_it_is_left_to_torch(generator, served, monkeypatch):
+    monkeypatch.setattr(attention, "prefer_onednn", lambda: False)
+    query, key, value = heads(generator, 2, 8, 2)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        attention.scaled_dot_product_attention(query, key, value)
+    attention.scaled_dot_product_attention(query, key, torch.randn(2, 2, 8, 5))
+    attention.scaled_dot_product_attention(query, key[:, :1], value[:, :1], enable_gqa=True)
+    attention.scaled_dot_product_attention(query.mT.contiguous().mT, key, value)
+    assert served == []
+    attention.scaled_dot_product_attention(query, key, value)
+    assert len(served) == 1
+
+
+def test_without_the_extension_it_is_left_to_torch(generator, ours, served, monkeypatch):
     monkeypatch.setitem(ops.SERVED_BY, "attention", {"cpu": "reference", "cuda": "reference"})
     attention.scaled_dot_product_attention(*heads(generator, 2, 8, 2))
     assert served == []
 
 
-def test_the_fisher_pass_uses_it_and_stays_exact(generator, served):
+def test_the_fisher_pass_uses_it_and_stays_exact(generator, both, served):
     class Layer(torch.nn.Module):
         def __init__(self):
             super().__init__()

@@ -22,12 +22,21 @@ def test_every_parameter_equals_the_loop_of_single_samples(name, device):
         scores = estimate_fisher(model, slices(batch, 3), progress=False)
         assert_same(scores, own_loss_loop(model, batch))
         assert scores.report.samples == 5
-        # DeBERTa reads the first token; if it is padding, no position reaches it, and nothing shows where samples lie
-        assert bool(scores.report.fallback) == (left and name.startswith("deberta"))
+        assert not scores.report.fallback
         assert set(scores.report.rules) == {name for name, _ in model.named_parameters()}
-        fell = {key for key, rule in scores.report.rules.items() if rule in ("fallback", "unused")}
-        assert fell == set(scores.report.fallback)
+        assert "fallback" not in scores.report.rules.values()
         assert all(score.dtype == torch.float32 for score in scores.values())
+
+
+@pytest.mark.parametrize("name", ["deberta", "deberta with projections"])
+def test_what_no_gradient_reaches_in_the_probe_falls_back(name):
+    # DeBERTa reads the first token; if it is padding, no position reaches it, and nothing shows where samples lie
+    model, batch = models.make(name), models.batch(name, length=7, left=True)
+    scores = estimate_fisher(model, slices(batch, 3), progress=False)
+    assert_same(scores, own_loss_loop(model, batch))
+    fell = {key for key, rule in scores.report.rules.items() if rule in ("fallback", "unused")}
+    assert fell == set(scores.report.fallback)
+    assert fell
 
 
 @pytest.mark.parametrize("name", ["bert", "bert masked", "gpt2", "llama classification"])

@@ -50,6 +50,11 @@ RULES: dict[Callable[..., Any], Callable[..., Any]] = {
     **elementwise.RULES,
 }
 _LAYERS = (F.linear, F.layer_norm, F.rms_norm)  # their data is the first argument
+# what only looks at a tensor: a model does so as often as it computes
+_LOOKS = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "ndim", "dtype", "device", "layout", "requires_grad")),
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "is_floating_point", "is_contiguous")),
+}
 AS_DATA = -1  # the occurrence of uses of a parameter as data
 
 
@@ -129,6 +134,8 @@ class Capture(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _LOOKS:
+            return func(*args, **kwargs)
         if func in gather.WATCHED:
             gather.WATCHED[func](self, *args, **kwargs)
         # without grad mode nothing is recorded for backward, in an ordinary pass as little as here

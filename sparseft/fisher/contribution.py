@@ -171,5 +171,7 @@ def _sum_runs(values: Tensor, run: Tensor) -> Tensor:
 
 
 def _nonzero(tensor: Tensor) -> Tensor:
-    # 0 * inf leaves NaN in rows that no gradient reaches, and NaN is not greater
-    return tensor.flatten(1).abs().gt(0).any(1)
+    if not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.bool, device=tensor.device)
+    # 0 * inf leaves NaN in rows that no gradient reaches. The largest is found with vector instructions, `any` is not
+    return tensor.flatten(1).nan_to_num(0).abs().amax(1).gt(0)

@@ -8,12 +8,12 @@ from torch import Tensor
 
 from sparseft.fisher.batches import Batch
 
-_TOKENS = 8
+_TOKENS = 4
 _BY_TOKEN = ("input_ids", "attention_mask", "token_type_ids", "position_ids", "labels")
 
 
 def excerpt(batch: Batch) -> Batch | None:
-    """Return the batch with the same window of 8 tokens cut out of every sample; None if it cannot be cut.
+    """Return the batch with the same window of 4 tokens cut out of every sample; None if it cannot be cut.
 
     It can where token ids [N, T] and what lies beside them are the only inputs of that length. In the window no sample
     is padded, not all are the same, as in the words of a template, and, where labels are given by token, each has two.

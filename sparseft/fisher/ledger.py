@@ -73,6 +73,7 @@ class Ledger:
         self._scratch: Sums | None = None
         self._journal: list[tuple[Batch, list[int]]] = []
         self._room = sum(4 * parameter.numel() for parameter in like.values())
+        self._unread = 0  # batches added since the sums were last seen to be finite
 
     def add(self, batch: Batch, positions: list[int]) -> None:
         """Add a batch."""
@@ -84,12 +85,13 @@ class Ledger:
         self.sums.changing = False
         self._journal.append((batch, positions))
         self._room -= nbytes(batch)
-        if len(self._journal) % _CHECK_EVERY == 0 or self._room < 0:
+        self._unread += 1
+        if self._unread == _CHECK_EVERY or self._room < 0:
             self._check()
 
     def settle(self) -> None:
         """Check what was added since the last check; the sums are finite and complete afterwards."""
-        if self._scratch is None:
+        if self._scratch is None and self._unread:
             self._check()
         self.sums.complete()
 
@@ -101,6 +103,7 @@ class Ledger:
         return not self.sums.changing and _finite(self.sums)
 
     def _check(self) -> None:
+        self._unread = 0
         if not _finite(self.sums):
             journal = self._journal
             self.used, self.dropped = [], []

@@ -11,7 +11,7 @@ from torch import Tensor
 def tensors(nest: Any) -> list[Tensor]:
     """Return the tensors of a nest."""
     found: list[Tensor] = []
-    _collect((nest,), found)
+    _collect(nest if isinstance(nest, tuple) else (nest,), found)
     return found
 
 

@@ -275,6 +275,7 @@ class _Isolation:
         self._strayed: set[Use | FanOut] = set()
         # a copy may be taken for the first sample's, or the last's, further on: only all gradients tell
         self._needed: dict[Use | FanOut, int] = dict.fromkeys(capture.shared.fan_outs, _LARGE)
+        self._watched: set[Use | FanOut] = set()  # what this gradient may prove, or prove wrong
         for use in capture.uses:
             if use.layout is not Layout.ALONE:
                 self._needed[use] = proofs[use.name, use.occurrence]
@@ -304,17 +305,20 @@ class _Isolation:
     def _backpropagate(self, outputs: Tensor) -> None:
         self._strayed.clear()
         self._reached = {use: set() for use in self._needed}
+        self._watched = set(self._needed)
         for self._sample in range(_LARGE if outputs.requires_grad else 0):
             single = torch.zeros_like(outputs)
             single[self._sample] = 1
             torch.autograd.grad(outputs, [self._capture.anchor], single, retain_graph=True, allow_unused=True)
             self._capture.shared.forget()
-            if not self._all and not self._unproven():
+            if not self._all:
+                self._watched = set(self._unproven())
+            if not self._watched:
                 break
 
     def _note(self, use: Use | FanOut, part: Contribution) -> None:
-        if use not in self._needed:
-            return  # shared, and in the way of the batch's own gradient: it escaped
+        if use not in self._watched:
+            return  # proven; or shared, and in the way of the batch's own gradient: it escaped
         if isinstance(part, (Outer, Patches)):
             self.eps = max(self.eps, torch.finfo(part.left.dtype).eps)
         reaches = part.reaches().tolist()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -127,8 +126,9 @@ class Shared:
         names: frozenset[str] = frozenset()
         source, fed = Source.DATA, False
         given, known = tensors((args, kwargs)), []
+        knows = self._capture.knows
         for tensor in given:
-            if self._capture.knows(tensor):
+            if knows(tensor):
                 known.append(tensor)
             elif not tensor.requires_grad:
                 fed = fed or self._is_fed(tensor)
@@ -162,9 +162,11 @@ class Shared:
 
     def apply(self, func: Callable[..., Any], args: Any, kwargs: Any, origin: Origin) -> Any:
         """Run an operation that no rule captures. What it makes of shared tensors and parameters alone is shared."""
-        alone = origin.source is not Source.BATCH and not origin.fed
-        with self._capture.kept() if alone else nullcontext():
-            result = self._apply(func, args, kwargs, origin, alone)
+        if origin.source is Source.BATCH or origin.fed:
+            result = self._apply(func, args, kwargs, origin, alone=False)
+        else:
+            with self._capture.kept():
+                result = self._apply(func, args, kwargs, origin, alone=True)
         if not origin.fed:
             changed = changes(func) and bool(args)
             given = tensors((args[1:], kwargs)) if changed else origin.given
