@@ -20,8 +20,7 @@ from sparseft.products import prefer_onednn
 
 # torch's kernels, which scaled_dot_product_attention takes in most cases: called by name, backward can be given fewer
 # queries than forward had
-_flash = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-_flash_backward = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward", None)
+_FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 
 
 class _Attention(torch.autograd.Function):
@@ -41,15 +40,16 @@ class _Attention(torch.autograd.Function):
     def backward(ctx: Any, out_gradient: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, bias, out, log_sums = ctx.saved_tensors
         live = None if ctx.causal else _live_queries(out_gradient)
-        if live is None:
-            gradients = _pull_back(out_gradient, query, key, value, bias, out, log_sums, ctx.scale, ctx.causal)
-            return (*gradients, None, None, None)
-        few = [None if tensor is None else tensor.index_select(2, live) for tensor in (query, bias, out, log_sums)]
-        gradient, *others = _pull_back(
-            out_gradient.index_select(2, live), few[0], key, value, *few[1:], ctx.scale, ctx.causal
-        )
-        whole = torch.zeros_like(query).index_copy_(2, live, gradient)
-        return (whole, *others, None, None, None)
+        if live is not None:
+            whole = torch.zeros_like(query)
+            out_gradient, query, out, log_sums = (
+                t.index_select(2, live) for t in (out_gradient, query, out, log_sums)
+            )
+            bias = None if bias is None else bias.index_select(2, live)
+        gradient, *others = _pull_back(out_gradient, query, key, value, bias, out, log_sums, ctx.scale, ctx.causal)
+        if live is not None:
+            gradient = whole.index_copy_(2, live, gradient)
+        return (gradient, *others, None, None, None)
 
 
 def _attend(
@@ -59,7 +59,8 @@ def _attend(
     if prefer_onednn():
         out, log_sums = torch.ops.sparseft.attention(query, key, value, bias, scale, causal)
     else:
-        out, log_sums = _flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
+        flash = getattr(torch.ops.aten, _FLASH)
+        out, log_sums = flash(query, key, value, 0.0, causal, attn_mask=bias, scale=scale)
     return out, log_sums
 
 
@@ -81,7 +82,8 @@ def _pull_back(
             out_gradient, query, key, value, bias, log_sums, scale, causal
         )
     else:
-        gradients = _flash_backward(
+        flash_backward = getattr(torch.ops.aten, f"{_FLASH}_backward")
+        gradients = flash_backward(
             out_gradient, query, key, value, out, log_sums, 0.0, causal, attn_mask=bias, scale=scale
         )
     return tuple(gradients)
@@ -133,10 +135,10 @@ def _served(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, caus
     heads, sources = query.shape[1], key.shape[1]
     if prefer_onednn():
         # in plain PyTorch, which serves where nothing is compiled, all scores would be stored
-        return ops.SERVED_BY["attention"]["cpu"] == "c++" and (heads == sources or grouped and heads % sources == 0)
+        return ops.SERVED_BY["attention"]["cpu"] == "c++" and (heads == sources or (grouped and heads % sources == 0))
     # where torch takes these kernels itself
     return (
-        _flash is not None
+        hasattr(torch.ops.aten, _FLASH)
         and torch.backends.cuda.flash_sdp_enabled()  # it counts on the CPU too
         and heads == sources
         and query.shape[3] == value.shape[3]
