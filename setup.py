@@ -22,6 +22,7 @@ CPU_SOURCES = [
     "csrc/cpu/fisher_linear.cpp",
     "csrc/cpu/fisher_segments.cpp",
     "csrc/cpu/gather.cpp",
+    "csrc/cpu/layer_norm_backward.cpp",
     "csrc/cpu/lion.cpp",
     "csrc/cpu/outer_at.cpp",
     "csrc/cpu/outer_product.cpp",

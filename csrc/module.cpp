@@ -20,8 +20,8 @@ namespace {
 py::dict build_info() {
     py::dict ops;
     ops["cpu"] = py::make_tuple("attention", "attention_backward", "fisher_linear_", "fisher_linears_",
-                                "fisher_segments_", "outer_at", "selected_grad_", "topk_indices", "gather",
-                                "delta_swap_", "adamw_", "lion_", "sgd_");
+                                "fisher_segments_", "layer_norm_backward", "outer_at", "selected_grad_",
+                                "topk_indices", "gather", "delta_swap_", "adamw_", "lion_", "sgd_");
     ops["cuda"] = py::tuple();
     py::dict info;
     info["cuda"] = py::none();

@@ -31,6 +31,8 @@ SCHEMAS = {
     "fisher_linear_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor? sample_weight=None, "
     "Tensor(b!)? scores=None, Tensor? selected=None) -> ()",
     "fisher_linears_": "(Tensor(a!)[] fishers, Tensor[] xs, Tensor[] dys) -> ()",
+    "layer_norm_backward": "(Tensor dy, Tensor x, Tensor mean, Tensor rstd, Tensor? weight) "
+    "-> (Tensor, Tensor, Tensor)",
     "outer_at": "(Tensor left, Tensor right, Tensor indices) -> Tensor",
     "selected_grad_": "(Tensor(a!) grad, Tensor x, Tensor dy, Tensor indices) -> ()",
     "fisher_segments_": "(Tensor(a!) fisher, Tensor x, Tensor dy, Tensor offsets, Tensor? groups=None, "
@@ -49,7 +51,7 @@ SCHEMAS = {
 }
 
 # nobody calls these on a GPU, where torch's own are fast
-CPU_ONLY = ("attention", "attention_backward")
+CPU_ONLY = ("attention", "attention_backward", "layer_norm_backward")
 
 # op -> device -> who serves it there; read by `sparseft doctor`
 SERVED_BY: dict[str, dict[str, str]] = {name: {"cpu": "reference", "cuda": "reference"} for name in SCHEMAS}
@@ -73,6 +75,11 @@ def _fake_attention_backward(out_gradient: Tensor, *tensors: Any) -> tuple[Tenso
     return query, key, value
 
 
+def _fake_layer_norm_backward(dy: Tensor, *tensors: Any) -> tuple[Tensor, Tensor, Tensor]:
+    samples, _, features = dy.shape
+    return dy.new_empty(dy.shape), dy.new_empty(samples, features), dy.new_empty(samples, features)
+
+
 def _fake_outer_at(left: Tensor, right: Tensor, indices: Tensor) -> Tensor:
     return left.new_empty(left.shape[0], indices.numel(), dtype=torch.float32)
 
@@ -93,6 +100,7 @@ def _fake_nothing(*args: Any, **kwargs: Any) -> None:
 _FAKES: dict[str, Callable[..., Any]] = {
     "attention": _fake_attention,
     "attention_backward": _fake_attention_backward,
+    "layer_norm_backward": _fake_layer_norm_backward,
     "outer_at": _fake_outer_at,
     "topk_indices": _fake_topk_indices,
     "gather": _fake_gather,

@@ -24,6 +24,7 @@ __all__ = [
     "fisher_linears_",
     "fisher_segments_",
     "gather",
+    "layer_norm_backward",
     "lion_",
     "outer_at",
     "selected_grad_",
@@ -194,6 +195,23 @@ def attention_backward(
         (probabilities.mT @ out_gradient).unflatten(1, (key.shape[1], -1)).sum(2),
     )
     return _tokens_first(results[0]), _tokens_first(results[1]), _tokens_first(results[2])
+
+
+def layer_norm_backward(
+    dy: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradient of LayerNorm's input, and for every sample those of its weight and bias.
+
+    Of `y = (x - mean) * rstd * weight + bias`, where mean and rstd follow from x. dy, x: fp32 [N, T, H]; mean, rstd:
+    fp32 [N, T], as torch.native_layer_norm returns them; weight: fp32 [H], or None for ones. Any strides. Returns
+    [N, T, H], [N, H] and [N, H], contiguous.
+    """
+    rstd = rstd[..., None]
+    normalized = (x - mean[..., None]) * rstd
+    scaled = dy if weight is None else dy * weight
+    of_rstd = (scaled * normalized).mean(-1, keepdim=True)
+    dx = rstd * (scaled - scaled.mean(-1, keepdim=True) - normalized * of_rstd)
+    return dx, (dy * normalized).sum(1), dy.sum(1)
 
 
 def _scores(query: Tensor, key: Tensor, bias: Tensor | None, scale: float, causal: bool) -> Tensor:

@@ -68,6 +68,7 @@ def sample_inputs(op: str, device: str = "cpu", dtype: torch.dtype = torch.float
         "fisher_linear_": _fisher_linear_inputs,
         "fisher_linears_": _fisher_linears_inputs,
         "fisher_segments_": _fisher_segments_inputs,
+        "layer_norm_backward": _layer_norm_backward_inputs,
         "outer_at": _outer_at_inputs,
         "selected_grad_": _selected_grad_inputs,
         "topk_indices": _topk_inputs,
@@ -91,7 +92,7 @@ def observe(op: str, function: Callable[..., Any], sample: Sample) -> list[Tenso
         return list(call.args[0])
     if op == "outer_at":
         return [result]
-    if op in ("attention", "attention_backward", "topk_indices", "gather"):
+    if op in ("attention", "attention_backward", "layer_norm_backward", "topk_indices", "gather"):
         return list(result)
     if op == "delta_swap_":
         return [*call.args[0], *call.args[2]]
@@ -184,6 +185,18 @@ def _attention_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterato
         hidden[:, :, t // 2] = -torch.inf  # this query sees nothing
         yield Sample(f"{shape} hidden keys", (query, key, value, hidden.expand(n, h, t, s), scale, False))
     yield Sample("large scores", (100 * query, key, value, None, 1.0, False))
+
+
+def _layer_norm_backward_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:
+    """In fp32, the only dtype this op takes."""
+    for n, t, h in [(1, 1, 2), (3, 7, 5), (2, 64, 16), (5, 33, 97), (1, 130, 384), (0, 4, 8), (2, 0, 8)]:
+        dy, x, weight = _randn(generator, n, t, h), 3 * _randn(generator, n, t, h) + 2, _randn(generator, h)
+        mean, rstd = x.mean(-1), (x.var(-1, unbiased=False) + 1e-5).rsqrt()
+        yield Sample(f"N{n} T{t} H{h}", (dy, x, mean, rstd, weight))
+        yield Sample(f"N{n} T{t} H{h} without a weight", (dy, x, mean, rstd, None))
+    wide, tall = _randn(generator, 4, 9, 40)[..., ::2], _randn(generator, 20, 9, 4).permute(2, 1, 0)
+    mean, rstd = tall.mean(-1), _randn(generator, 9, 4).T.exp()
+    yield Sample("any strides", (wide, tall, mean, rstd, _randn(generator, 40)[::2]))
 
 
 def _attention_backward_inputs(generator: torch.Generator, dtype: torch.dtype) -> Iterator[Sample]:

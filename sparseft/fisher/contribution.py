@@ -128,14 +128,17 @@ def add_lookups_(
     sample = torch.arange(samples, device=ids.device).unsqueeze(1)
     keys, order = (ids.long() * samples + sample).flatten().sort(stable=True)
     run, start = _runs(keys)
-    grads = _sum_runs(grads[order], run)
-    terms = grads.square() if rows is None else (2 * rows.flatten(0, 1)[order[start]] + grads) * grads
+    grads = _sum_runs(grads, torch.empty_like(run).scatter_(0, order, run))
+    terms = grads.square_() if rows is None else (2 * rows.flatten(0, 1)[order[start]] + grads) * grads
     if scores is not None:
         scores += _sum_runs(terms.sum(1, keepdim=True), keys[start] % samples)[:samples, 0]
-    # the same row in several samples: summed before it is added, which is deterministic on every device
+    # the same row in several samples
     token = keys[start] // samples
-    run, start = _runs(token)
-    fisher.index_add_(0, token[start], _sum_runs(terms, run))
+    if fisher.is_cuda:
+        # summed before it is added, for there the order of what is added to one row is not defined
+        run, start = _runs(token)
+        token, terms = token[start], _sum_runs(terms, run)
+    fisher.index_add_(0, token, terms)
 
 
 def add_vectors_(fisher: Tensor, grad: Tensor, scores: Tensor | None = None) -> None:

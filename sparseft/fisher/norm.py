@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from sparseft import ops
 from sparseft.fisher.contribution import Vector
 from sparseft.fisher.elementwise import scale
+from sparseft.fisher.layout import Layout
 
 if TYPE_CHECKING:
     from sparseft.fisher.capture import Capture, Use
@@ -42,6 +44,17 @@ class _LayerNorm(torch.autograd.Function):
         capture: Capture = ctx.capture
         weight_use, bias_use = ctx.uses
         normalized = len(ctx.shape)
+        if _served(ctx, dy, x, weight):
+            samples, features = capture.samples, dy.shape[-1]
+            dx, of_weight, of_bias = torch.ops.sparseft.layer_norm_backward(
+                *(part.reshape(samples, -1, features) for part in (dy, x)),
+                *(part.reshape(samples, -1) for part in (mean, rstd)),
+                weight,
+            )
+            for use, grad in ((weight_use, of_weight), (bias_use, of_bias)):
+                if use is not None:
+                    capture.emit(use, Vector(grad))
+            return (None,) * 5 + (dx.view(x.shape), None, None)
         if weight_use is not None:
             product = (x - mean).mul_(rstd).mul_(dy).flatten(-normalized)
             capture.emit(weight_use, Vector(capture.by_sample(product, weight_use).sum(1, dtype=torch.float32)))
@@ -54,6 +67,18 @@ class _LayerNorm(torch.autograd.Function):
         if any(wanted):
             grads = torch.ops.aten.native_layer_norm_backward(dy, x, ctx.shape, mean, rstd, weight, bias, wanted)
         return (None,) * 5 + tuple(grads)
+
+
+def _served(ctx: Any, dy: Tensor, x: Tensor, weight: Tensor | None) -> bool:
+    """Return whether one op finds all gradients: fp32 on the CPU, samples one after the other."""
+    return (
+        ops.SERVED_BY["layer_norm_backward"]["cpu"] == "c++"
+        and len(ctx.shape) == 1
+        and all(use is None or use.layout in (Layout.BATCH, Layout.FLAT) for use in ctx.uses)
+        and all(t is None or (t.device.type == "cpu" and t.dtype == torch.float32) for t in (dy, x, weight))
+        and ctx.needs_input_grad[5]
+        and not any(ctx.needs_input_grad[6:8])
+    )
 
 
 def _layer_norm(

@@ -144,7 +144,8 @@ def _sum_of_bits(tensor: Tensor) -> int:
     whole = data.numel() // 8 * 8
     if data.storage_offset() % 8:
         data = data.clone()
-    return int(data[:whole].view(torch.int64).sum()) + int(data[whole:].sum())
+    words = int(data[:whole].view(torch.int64).sum())
+    return words if whole == data.numel() else words + int(data[whole:].sum())
 
 
 def _checksum(batch: Batch, samples: Iterable[int], start: int) -> int:
