@@ -45,7 +45,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         torch.addmm(bias, rows, weight.T, out=out)
         return y
     torch.mm(rows, weight.T, out=out)
-    # on the CPU addmm copies the bias to every row first, and the product reads all of it again
+    # on the CPU addmm with an `out` copies the bias to every row first, and the product reads all of it again
     return y if bias is None else y.add_(bias)
 
 

@@ -156,8 +156,12 @@ def test_what_is_not_selected_is_not_multiplied(generator):
         assert torch.equal(result.isfinite(), ~touched)
 
 
-@pytest.mark.parametrize("dtype", testing.DTYPES, ids=str)
-@pytest.mark.parametrize("density", [0.01, 0.2, 1.0])
+# the interpreter is slow, and fp16 goes the way of bf16
+@pytest.mark.parametrize(
+    ("dtype", "density"),
+    [(torch.float16, 0.2), *((dtype, density) for dtype in testing.DTYPES[:2] for density in (0.01, 0.2, 1.0))],
+    ids=str,
+)
 def test_every_tile_and_split_gives_the_same(monkeypatch, generator, dtype, density):
     """Aligned and not, several panels and groups of tiles, runs longer than what is picked at a time, rows without."""
     monkeypatch.setattr(tiles, "GROUP_O", 2)
@@ -166,7 +170,7 @@ def test_every_tile_and_split_gives_the_same(monkeypatch, generator, dtype, dens
         sample.args = (*sample.args[:3], pack(sample.args[3], i * o))
         small, large = tiles.Tile(32, 256, 16, 8, 3), tiles.Tile(128, 256, 64, 8, 3)
         for tile in (small,) if dtype == torch.float32 else (small, large):
-            for splits in (1, 2, 3):
+            for splits in (1, 3):
 
                 def launch(grad, x, dy, indices, tile=tile, splits=splits):
                     triton_side.launch(grad, x, dy, indices, tile, splits)
