@@ -134,8 +134,8 @@ def add_lookups_(
         scores += _sum_runs(terms.sum(1, keepdim=True), keys[start] % samples)[:samples, 0]
     # the same row in several samples
     token = keys[start] // samples
-    if fisher.is_cuda:
-        # summed before it is added, for there the order of what is added to one row is not defined
+    if fisher.device.type != "cpu":
+        # summed before it is added: the order of what is added to one row is defined on the CPU alone
         run, start = _runs(token)
         token, terms = token[start], _sum_runs(terms, run)
     fisher.index_add_(0, token, terms)

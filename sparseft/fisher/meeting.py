@@ -88,7 +88,7 @@ def meeting(func: Func, args: tuple[Any, ...], kwargs: dict[str, Any], shared: l
     return Meeting(func, shape, functools.reduce(torch.promote_types, dtypes) if dtypes else None)
 
 
-@functools.cache
+@functools.lru_cache(1024)
 def changes(func: Func) -> bool:
     """Return whether a function of this name changes its first argument in place."""
     name = getattr(func, "__name__", "")
