@@ -448,3 +448,26 @@ def test_shared_tensors_of_a_batch_are_not_cut():
     scores = estimate_fisher(model, [batch], samples=3, progress=False)
     for name, value in expected.items():
         torch.testing.assert_close(scores[name], value)
+
+
+def test_a_gradient_that_only_a_second_sample_sends_to_the_first_is_refused():
+    """Its values show nothing. What watches the copies of a shared table sees it, in the second gradient alone."""
+
+    class Positioned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.positions, self.head = nn.Linear(6, 8), nn.Embedding(5, 8), nn.Linear(8, 2)
+
+        def forward(self, x):
+            return self.first(x) + self.positions(torch.arange(5))[None]
+
+    def loss(model, batch):
+        hidden = model(batch[0]).tanh()
+        total = hidden.sum((1, 2))
+        earlier = torch.cat([total.new_zeros(1), (total - total.detach())[:-1]])
+        return F.cross_entropy(model.head(hidden.mean(1)), batch[1], reduction="none") + earlier
+
+    torch.manual_seed(0)
+    data = [(torch.randn(4, 5, 6), torch.tensor([0, 1, 1, 0]))]
+    with pytest.raises(ValueError, match="must depend on that sample alone, but its gradient in"):
+        estimate_fisher(Positioned(), data, loss=loss, progress=False)
